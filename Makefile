@@ -1,0 +1,60 @@
+# make paper              every table and figure of the mini profile, in minutes on a laptop
+# make paper PROFILE=smol the same with a real model and HH-RLHF (an hour); gpu, paper: see the README
+# make test               unit tests, then the committed notebooks against a fresh run of theirs
+# make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
+# make clean              remove results, keep .venv and downloads
+
+PROFILE ?= mini
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT := build/$(PROFILE)/notebooks
+NAMES := 00_walkthrough 01_grading 02_distribution 03_training
+
+.PHONY: paper test lab notebooks bench data clean help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+paper: $(NAMES:%=$(OUT)/%.ipynb)
+	@echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"
+
+# What each notebook runs, directly or not; tests/test_makefile.py holds this against the imports.
+modules = $(patsubst %,deftlib/%.py,__init__ $(1))
+PURE := grading distribution losses
+DATA := profile store report preferences sources mini_world loop models metrics rewards subset grading distribution
+$(OUT)/00_walkthrough.ipynb: $(call modules,profile store report $(PURE))
+$(OUT)/01_grading.ipynb: $(call modules,$(DATA))
+$(OUT)/02_distribution.ipynb: $(call modules,$(DATA))
+$(OUT)/03_training.ipynb: $(call modules,$(DATA) losses guidance train evaluate)
+
+$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml | $(READY)
+	@echo "== $* ($(PROFILE))"
+	@$(BIN)/python -m deftlib.run $< --profile $(PROFILE)
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval --nbval-current-env $(NAMES:%=notebooks/%.ipynb)
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+notebooks: $(READY)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
+		--ExecutePreprocessor.record_timing=False $(NAMES:%=notebooks/%.ipynb)
+
+data: $(READY)
+	$(BIN)/python -m deftlib.mini_world
+
+clean:
+	rm -rf build figures/mini
+
+help:
+	@sed -n '1,5s/^# //p' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 12) and f"error: Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 paper")'
+	@echo "setting up $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[lora,dev]'
+	@touch $@

@@ -1,0 +1,30 @@
+"""deftlib: a reproducible companion to *DEFT: Distribution-guided Efficient Fine-Tuning for Human Alignment*.
+
+Read the notebooks first; they call these modules, and imports point down this list only:
+
+    run           execute one notebook headless, publish it atomically
+    report        tables and figures -> figures/<profile>/
+    train         fit(method, ...): TRL's trainers, a ranked-list trainer, the distribution reward
+    guidance      DistributionGuided: the mixin that adds the distribution reward to any of them
+    losses        Eqs. 5-12 and 18: pure functions of tensors
+    subset        from preference lists to the graded subset and q_diff, published as Parquet
+    evaluate      generate replies, score them
+    distribution  counts, q_diff, R_dis, direction: pure
+    grading       levels, sides: pure
+    metrics       BLEU, bootstrap
+    rewards       reward models: load, train, score
+    loop          what all trainings share: arguments, progress lines, checkpoints to resume from
+    models        policies and tokenizers: load, including the embedded defaults
+    preferences   ranked lists: read, check, reject, split
+    mini_world    the authored world of data/mini, with its known true reward
+    profile       Profile: one typed record, unknown keys refused
+    store         where results live; atomic publication, manifest, provenance
+"""
+
+import os
+
+# Set before any library reads them: nothing is reported to anyone, and forked workers do not deadlock the tokenizer.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+__version__ = "0.1.0"

@@ -1,0 +1,143 @@
+"""What all trainings here share: arguments for a quiet CPU or GPU run, progress lines, checkpoints to resume from.
+
+    trainer = SomeTrainer(model, args=SomeConfig(**arguments(folder, ...)), callbacks=[Progress(folder)], ...)
+    fit_or_resume(trainer, folder)
+"""
+
+import json
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")  # renames to come; pins decide
+disable_progress_bars()  # headless runs print plain lines
+
+COMPLETE = "COMPLETE"  # written last: a checkpoint without it is not resumed from
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def arguments(folder, *, epochs, learning_rate, batch_size, seed, save_steps=0, **more):
+    """Keyword arguments for any `TrainingArguments`: no reporting, no bars, checkpoints below `folder`."""
+    return {
+        "output_dir": str(Path(folder) / "checkpoints"),
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch_size,
+        "seed": seed,
+        "data_seed": seed,
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 1,
+        "save_total_limit": 2,  # while the newest is being marked complete, the one before still stands
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,  # TRL's configs default to bf16 and checkpointing, on CPU too
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **more,
+    }
+
+
+class Progress(TrainerCallback):
+    """One plain line every few seconds, every log entry in `log.jsonl`, and a mark on each finished checkpoint.
+
+    A log entry has step, epoch, seconds, what the trainer logs and, from its num_tokens, tokens_per_second.
+    """
+
+    def __init__(self, folder, label):
+        self.folder, self.label = Path(folder), label
+        self.seconds_before = _read_seconds(self.folder)
+        self.last_line = 0.0
+        self.tokens, self.tokens_at = None, 0.0
+
+    @property
+    def seconds(self):
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+        _drop_entries_after(self.folder / "log.jsonl", state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:  # the summary that closes a training
+            return
+        entry = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.seconds, 2), **logs}
+        if "num_tokens" in logs:
+            if self.tokens is not None:  # the first entry counts calibration too
+                entry["tokens_per_second"] = (logs["num_tokens"] - self.tokens) / (self.seconds - self.tokens_at)
+            self.tokens, self.tokens_at = logs["num_tokens"], self.seconds
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.perf_counter()
+            print(self._line(state, entry), flush=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        (self.folder / "seconds.json").write_text(json.dumps({"seconds": self.seconds}))
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+    def _line(self, state, entry):
+        eta = (state.max_steps - state.global_step) * self.seconds / max(state.global_step, 1)
+        parts = [f"  {self.label} step {state.global_step}/{state.max_steps}", f"loss {entry['loss']:.4f}"]
+        if "R_dis" in entry:
+            parts.append(f"R_dis {entry['R_dis']:+.4f}")
+        if "tokens_per_second" in entry:
+            parts.append(f"{entry['tokens_per_second']:.0f} tokens/s")
+        return "  ".join([*parts, f"eta {eta:.0f} s"])
+
+
+def fit_or_resume(trainer, folder):
+    """Train from the start, or from the newest complete checkpoint of an interrupted run; then save the model there."""
+    checkpoint = newest_complete(Path(folder) / "checkpoints")
+    if checkpoint:
+        print(f"  resuming from {checkpoint.name}", flush=True)
+    trainer.remove_callback(PrinterCallback)  # it prints every log entry; Progress prints a line every few seconds
+    set_seed(trainer.args.seed)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(folder))
+    shutil.rmtree(Path(folder) / "checkpoints", ignore_errors=True)
+    for leftover in ("seconds.json", "training_args.bin"):
+        (Path(folder) / leftover).unlink(missing_ok=True)
+
+
+def newest_complete(checkpoints):
+    """The complete checkpoint with the highest step, or None; incomplete ones are removed."""
+    complete = []
+    for path in Path(checkpoints).glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def with_progress(batches, label, total):
+    """Yield each batch (a list of items) in turn; one plain line every few seconds says how many items are done."""
+    done, last_line = 0, time.perf_counter()
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.perf_counter()
+            print(f"  {label}: {done}/{total}", flush=True)
+
+
+def read_log(folder):
+    """The log entries of a finished training, a list of dicts."""
+    with open(Path(folder) / "log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _drop_entries_after(path, step):
+    """Entries later than the checkpoint resumed from will be written again."""
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _read_seconds(folder):
+    path = Path(folder) / "seconds.json"
+    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0

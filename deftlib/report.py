@@ -1,0 +1,75 @@
+"""Tables and figures of a run, in one style, each with the data and the provenance behind it.
+
+    style()
+    save_table(profile, "table1", frame, title="…", notebook="01_grading")      # .csv .md .tex
+    save_figure(profile, "fig1", figure, frame, title="…", notebook="02_…")      # .png .pdf .csv
+"""
+
+import json
+import os
+
+import matplotlib.pyplot as plt
+
+from deftlib import store
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+GOOD, BAD, NEUTRAL = "#0072B2", "#D55E00", "#7F7F7F"
+COLOURS = [GOOD, BAD, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+
+
+def style():
+    """One look for all figures, and byte-identical files from identical data."""
+    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
+    plt.rcdefaults()
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8, 4.5),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "savefig.dpi": 200,
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": "medium",
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "svg.hashsalt": "deft",
+            "pdf.fonttype": 42,
+        }
+    )
+
+
+def save_table(profile, name, frame, title, notebook):
+    """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV."""
+    folder = store.figures_dir(profile.name)
+    store.write_atomic(folder / f"{name}.csv", frame.to_csv())
+    store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{frame.to_markdown(floatfmt='.3f')}\n")
+    latex = frame.to_latex(float_format="%.3f", caption=title, label=f"tab:{name}", escape=True)
+    store.write_atomic(folder / f"{name}.tex", latex)
+    _record(profile, name, title, notebook)
+
+
+def save_figure(profile, name, figure, frame, title, notebook):
+    """Write a figure as PNG and PDF and the numbers it shows as CSV to `figures/<profile>/`."""
+    folder = store.figures_dir(profile.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "pdf"):
+        temporary = folder / f".{name}.tmp.{kind}"
+        with store.explained(folder / f"{name}.{kind}"):
+            figure.savefig(temporary)
+            os.replace(temporary, folder / f"{name}.{kind}")
+    store.write_atomic(folder / f"{name}.csv", frame.to_csv())
+    _record(profile, name, title, notebook)
+
+
+def _record(profile, name, title, notebook):
+    """Add to `provenance.json`: what made this table or figure, when, with which parameters and versions."""
+    path = store.figures_dir(profile.name) / "provenance.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    command = f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
+    known[name] = {"title": title, "notebook": notebook, "command": command, "seeds": profile.seeds}
+    known[name] |= {"profile_digest": profile.digest(), **store.provenance()}
+    store.write_atomic(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")

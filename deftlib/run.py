@@ -1,0 +1,90 @@
+"""Execute one notebook headless and publish the executed copy: `python -m deftlib.run notebooks/01_grading.ipynb`.
+
+The copy appears in `build/<profile>/notebooks/` only when every cell has run; a failed run leaves `*.failed.ipynb`
+beside it, and exit code 1. What a cell prints is shown as it runs.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from deftlib.profile import Profile, ProfileError
+from deftlib.store import ROOT, StoreError, build_dir, explained
+
+
+def execute(notebook, profile_name="mini", overrides=None):
+    """Path of the executed copy. Raises ProfileError before anything runs, PapermillExecutionError if a cell fails."""
+    overrides = overrides or {}
+    Profile.load(profile_name, overrides)
+    notebook = Path(notebook).resolve()
+    name = f"{notebook.stem}-custom.ipynb" if overrides else notebook.name  # make looks at the plain name
+    target = build_dir(profile_name) / "notebooks" / name
+    running = target.with_suffix(".running.ipynb")
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            papermill.execute_notebook(
+                notebook,
+                running,
+                parameters={"profile": profile_name, "overrides": overrides},
+                kernel_name="python3",
+                cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
+                progress_bar=False,
+                log_output=True,
+            )
+        except PapermillExecutionError:
+            os.replace(running, target.with_suffix(".failed.ipynb"))
+            raise
+        os.replace(running, target)
+        target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    return target
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Execute a notebook headless with a profile.")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--profile", default="mini", help="mini, smol, gpu or paper")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. grading.top=10")
+    args = parser.parse_args()
+    _show_cell_output()
+    start = time.perf_counter()
+    try:
+        if not args.notebook.is_file():
+            raise ProfileError(f"no notebook {args.notebook}")
+        overrides = dict(_override(text) for text in args.set)
+        target = execute(args.notebook, args.profile, overrides)
+    except (ProfileError, StoreError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except PapermillExecutionError as error:
+        failed = build_dir(args.profile) / "notebooks" / f"{args.notebook.stem}.failed.ipynb"
+        raise SystemExit(f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of {failed})") from error
+    print(f"{target.relative_to(ROOT)} in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _override(text):
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ProfileError(f"--set wants KEY=VALUE, found {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def _show_cell_output():
+    """papermill logs what cells print; its own lines about each cell are left out."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.terminator = ""
+    handler.addFilter(lambda record: record.funcName == "log_output_message")
+    logger = logging.getLogger("papermill")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Where results live, and how one becomes visible: whole, with its provenance, or not at all.
+
+`stage(profile_name, "rewards/train", key, produce)` returns a folder under `build/<profile>/`. If a result with the
+same key stands there, it is reused; else `produce(folder)` fills a temporary folder, which is checked, synced and
+renamed. A killed run leaves no half result, and a full disk leaves the earlier ones alone.
+"""
+
+import ast
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(os.environ.get("DEFT_ROOT", Path(__file__).resolve().parent.parent))
+MANIFEST = "manifest.json"
+REFUSALS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+PACKAGES = ["torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", "pandas"]
+
+
+class StoreError(RuntimeError):
+    """A result could not be written or is not what its manifest says."""
+
+
+def build_dir(profile_name):
+    return ROOT / "build" / profile_name
+
+
+def figures_dir(profile_name):
+    return ROOT / "figures" / profile_name
+
+
+def stage(profile_name, name, key, produce, module=None):
+    """The folder of one published result, computed if it is not there.
+
+    key: JSON-able parameters and digests of inputs; `module` (a deftlib module name) adds the code it runs.
+    produce(folder) writes files into an empty folder, or into the folder an interrupted run left: it may resume.
+    Raises StoreError when publication fails; whatever was published before stays.
+    """
+    key = {**key, "code": code_digest(module)} if module else key
+    short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
+    final = build_dir(profile_name) / f"{name}-{short}"
+    if (final / MANIFEST).is_file():
+        return final
+    work = final.with_name(final.name + ".partial")
+    with explained(work):
+        work.mkdir(parents=True, exist_ok=True)
+        print(f"[{name}] started", flush=True)
+        start = time.perf_counter() - _seconds_before(work)
+        produce(work)
+        seconds = time.perf_counter() - start
+        _write_manifest(work, {"name": name, "key": key, "seconds": round(seconds, 2), **provenance()})
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(work, final)
+    print(f"[{name}] done in {seconds:.1f} s", flush=True)
+    return final
+
+
+@contextmanager
+def explained(path):
+    """Turn a full disk or a refused write into one sentence that names the file and the cause."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise their own kinds for a full disk
+        reason = next((why for code, why in REFUSALS.items() if _caused_by(error, code)), None)
+        if reason is None:
+            raise
+        where = getattr(error, "filename", None) or path
+        raise StoreError(f"cannot write {where}: {reason}; earlier results are untouched") from error
+
+
+def write_atomic(path, data):
+    """Write bytes or text to a file so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_manifest(folder):
+    """What was published there. Raises StoreError if there is none, or if a file has another size than stated."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise StoreError(f"{folder} holds no published result ({MANIFEST} is missing)")
+    manifest = json.loads(path.read_text())
+    for name, entry in manifest["files"].items():
+        file = Path(folder) / name
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            raise StoreError(f"{file} differs from its manifest: delete {folder} and run again")
+    return manifest
+
+
+def digest(path):
+    """sha256 of a file, or of a published folder's manifest entries: the identity of an input."""
+    path = Path(path)
+    if path.is_dir():
+        files = read_manifest(path)["files"]
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def timings(profile_name):
+    """[(stage name, seconds)] of every published result of the profile, in order of creation."""
+    manifests = [json.loads(p.read_text()) for p in build_dir(profile_name).rglob(MANIFEST)]
+    return [(m["name"], m["seconds"]) for m in sorted(manifests, key=lambda m: m["created"])]
+
+
+def provenance():
+    """When, with what and on what a result was made."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": _device(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+@functools.cache
+def code_digest(module):
+    """12 hex digits over the code that `deftlib.<module>` can run: comments and docstrings do not count."""
+    parts = []
+    for name in sorted(imported_modules(module)):
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""  # a docstring
+        parts.append(ast.dump(tree))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def imported_modules(module, seen=None):
+    """The deftlib modules that `deftlib.<module>` imports, directly or not, itself included."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return seen
+    seen.add(module)
+    for name in direct_imports((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")):
+        imported_modules(name, seen)
+    return seen
+
+
+def direct_imports(source):
+    """Names of the deftlib modules that this Python source imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "deftlib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deftlib."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("deftlib.")}
+    return found
+
+
+def _caused_by(error, code):
+    return getattr(error, "errno", None) == code or os.strerror(code) in str(error)
+
+
+def _write_manifest(folder, record):
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": digest(path)}
+    write_atomic(folder / MANIFEST, json.dumps({**record, "files": files}, indent=1))
+
+
+def _seconds_before(folder):
+    """Seconds that an interrupted run spent up to the point it resumes from: `loop.Progress` leaves them."""
+    path = folder / "seconds.json"
+    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+
+def _git():
+    try:
+        run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+        dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed copy without its repository
+    return {"commit": commit, "dirty": dirty}
+
+
+def _device():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}"

@@ -1,0 +1,304 @@
+"""From raw preference lists to the graded subset: split, score, grade, count, publish. Sections 3.1-3.2, both versions.
+
+Each step is a published folder under `build/<profile>/`, computed once: `parts` -> `scored` -> `graded(..., "reward")`
+and `parts` -> `counted`, `response_hidden` -> `graded(..., "distribution")`. The last is the paper's third
+contribution: `level_a.parquet` with a data card, beside `lists.parquet` (all lists, with level) and `q_diff.npz`.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from deftlib import models, preferences, rewards, store
+from deftlib.distribution import count_tokens, discrepancy, mean_response_hidden, reward_direction
+from deftlib.grading import distribution_levels, extreme_sides, levels, per_subset, sides
+from deftlib.loop import with_progress
+from deftlib.preferences import read_lists
+from deftlib.sources import files
+
+
+class Graded(NamedTuple):
+    """A graded subset: every list with its level, and the discrepancy distribution that goes with it."""
+
+    folder: Path
+    lists: Dataset  # id, subset, prompt, responses, rewards, level[, distribution_reward]
+    q_diff: np.ndarray  # float64[V]
+    pos_counts: np.ndarray  # int64[V]
+    neg_counts: np.ndarray
+
+    @property
+    def level_a(self):
+        return self.lists.select(np.flatnonzero(np.array(self.lists["level"]) == "A"))
+
+
+# ---- parts and scores --------------------------------------------------------------------------------------------
+
+
+def parts(profile):
+    """Folder of `policy, reward_train, reward_eval, dev, test, pool` as Parquet, disjoint by first human turn.
+
+    `pool` is the whole policy part; `policy` the lists of it that are trained on. Row faults are in `rejects.jsonl`.
+    """
+    data = profile.data
+    source = preferences.locate(data.source)
+    key = {"data": vars(data), "inputs": _input_digests(source, data)}
+
+    def produce(folder):
+        read = dict(format=data.format, max_reject_share=data.max_reject_share, cleaning=data.cleaning)
+        lists = preferences.read(source, split=data.split, rejects_path=folder / "rejects.jsonl", **read)
+        split = preferences.split(lists, data.shares)
+        if "test" not in split:
+            split["test"] = preferences.read(source, split="test", rejects_path=folder / "rejects-test.jsonl", **read)
+        split["pool"] = split["policy"]
+        sizes = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
+        sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
+        for name, part in split.items():
+            part = preferences.sample(part, sizes[name]) if sizes.get(name) else part
+            part.to_parquet(folder / f"{name}.parquet")
+
+    return store.stage(profile.name, "parts", key, produce, "preferences")
+
+
+def _input_digests(source, data):
+    """sha256 of every file the lists come from; a hub's data set by its name."""
+    splits = [data.split] if "test" in data.shares else [data.split, "test"]
+    labels = [label for split in splits for _, label, _ in files(source, split)]
+    return [store.digest(label) if Path(label).is_file() else label for label in labels]
+
+
+def scored(profile):
+    """Folder with `lists.parquet`: the policy part with r_train's rewards, in the order that `data.rank_by` names."""
+    source = parts(profile)
+    r_train = rewards.reward_model(profile, "train", source)
+    spec, budget = profile.reward_models.train, profile.reward_models.score_token_budget
+    rank_by = profile.data.rank_by
+    key = {"parts": store.digest(source), "r_train": models.identity(r_train), "rank_by": rank_by}
+
+    def produce(folder):
+        lists = read_lists(source / "policy.parquet")
+        model, tokenizer = rewards.load_reward_model(r_train)
+        prompts = [p for p, responses in zip(lists["prompt"], lists["responses"]) for _ in responses]
+        replies = [reply for responses in lists["responses"] for reply in responses]
+        flat = iter(rewards.score(model, tokenizer, prompts, replies, spec, budget, "r_train"))
+        rows = [{**row, "rewards": [next(flat) for _ in row["responses"]]} for row in lists]
+        rows = [best_first(row) for row in rows] if rank_by == "reward" else rows
+        Dataset.from_list(rows, features=lists.features).to_parquet(folder / "lists.parquet")
+
+    return store.stage(profile.name, "scored", key, produce, "subset")
+
+
+def best_first(row):
+    """The list with its responses sorted by reward, equal ones in the order given."""
+    order = sorted(range(len(row["rewards"])), key=lambda i: -row["rewards"][i])
+    return {**row, "responses": [row["responses"][i] for i in order], "rewards": [row["rewards"][i] for i in order]}
+
+
+def agrees(row):
+    """Whether r_train ranks this list as it is ordered (always so under `rank_by: reward`)."""
+    return all(a >= b for a, b in zip(row["rewards"], row["rewards"][1:]))
+
+
+# ---- both gradings -----------------------------------------------------------------------------------------------
+
+
+def graded(profile, grading):
+    """The graded subset by `grading` = "reward" (anonymous version) or "distribution" (final version): a `Graded`."""
+    if grading not in ("reward", "distribution"):
+        raise ValueError(f'grading must be "reward" or "distribution", found {grading!r}')
+    start = models.start_policy(profile)
+    key = {"grading": vars(profile.grading), "text": vars(profile.text), "start": models.identity(start)}
+    if grading == "reward":
+        source = scored(profile)
+        key |= {"scored": store.digest(source)}
+        produce = lambda folder: _grade_by_reward(profile, source, start, folder)  # noqa: E731
+    else:
+        source, counts, hidden = parts(profile), counted(profile), response_hidden(profile)
+        key |= {"parts": store.digest(source), "counted": store.digest(counts), "hidden": store.digest(hidden)}
+        produce = lambda folder: _grade_by_distribution(profile, source, counts, hidden, folder)  # noqa: E731
+    return read_graded(store.stage(profile.name, f"graded/{grading}", key, produce, "subset"))
+
+
+def _grade_by_reward(profile, source, start, folder):
+    lists = read_lists(source / "lists.parquet")
+    best = [rewards_[0] for rewards_ in lists["rewards"]]
+    level = per_subset(levels, best, lists["subset"], top=profile.grading.top, bottom=profile.grading.bottom)
+    list_sides = [
+        sides(grade, row["rewards"]) if agrees(row) else extreme_sides(len(row["responses"]))
+        for grade, row in zip(level, lists)
+    ]
+    counts = count_lists(lists, list_sides, models.load_tokenizer(start), vocabulary_size(start), profile.text)
+    _publish(folder, lists.add_column("level", level.tolist()), counts, models.load_tokenizer(start), profile, "reward")
+
+
+def _grade_by_distribution(profile, source, counted_folder, hidden, folder):
+    tokenizer, lists = models.load_tokenizer(models.start_policy(profile)), read_lists(source / "policy.parquet")
+    counts = load_counts(counted_folder / "q_diff.npz")
+    reward = np.array([values[0] for values in distribution_rewards(hidden, discrepancy(*counts))])
+    options = {"share": profile.grading.keep, "direction": profile.grading.direction}
+    level = per_subset(distribution_levels, reward, lists["subset"], **options)
+    lists = lists.add_column("level", level.tolist()).add_column("distribution_reward", reward.tolist())
+    _publish(folder, lists, counts, tokenizer, profile, "distribution")
+
+
+def counted(profile):
+    """Folder with `q_diff.npz` of the whole policy part, y_1 against y_l: needs no rewards and no grading (decision 5)."""
+    source, start = parts(profile), models.start_policy(profile)
+    tokenizer = models.load_tokenizer(start)
+    key = {"parts": store.digest(source), "tokenizer": models.fingerprint(tokenizer), "text": vars(profile.text)}
+
+    def produce(folder):
+        pool = read_lists(source / "pool.parquet")
+        pool_sides = [extreme_sides(len(responses)) for responses in pool["responses"]]
+        counts = count_lists(pool, pool_sides, tokenizer, vocabulary_size(start), profile.text)
+        save_q_diff(folder / "q_diff.npz", *counts, models.fingerprint(tokenizer))
+
+    return store.stage(profile.name, "counted", key, produce, "subset")
+
+
+def count_lists(lists, list_sides, tokenizer, vocab_size, text):
+    """(Q_pos, Q_neg) over the response text of the lists: no prompt, template, EOS or special token (decision 3)."""
+    special = set(tokenizer.all_special_ids)
+
+    def tokens(reply):
+        ids = models.encode_reply(tokenizer, reply, text)
+        return [i for i in ids if i not in special]
+
+    token_lists = ([tokens(reply) for reply in responses] for responses in lists["responses"])
+    return count_tokens(token_lists, list_sides, vocab_size)
+
+
+def vocabulary_size(policy):
+    """Rows of the policy's output head: the length of q_diff."""
+    return models.AutoConfig.from_pretrained(policy).get_text_config().vocab_size
+
+
+# ---- R_dis of many lists from one forward pass -------------------------------------------------------------------
+
+
+def response_hidden(profile):
+    """Folder with `hidden.npz`: the start policy's mean hidden state over every response of the policy part.
+
+    By the identity of design section 3 this is all that R_dis needs: one pass of the backbone, without its head, serves
+    every q_diff (`distribution_rewards`).
+    """
+    source, start = parts(profile), models.start_policy(profile)
+    key = {"parts": store.digest(source), "start": models.identity(start), "text": vars(profile.text)}
+
+    def produce(folder):
+        lists = read_lists(source / "policy.parquet")
+        model, tokenizer = models.load_policy(start, profile.policy.dtype), models.load_tokenizer(start)
+        states = mean_hidden_states(model, tokenizer, lists, profile.text, profile.reward_models.score_token_budget)
+        weight, bias, scale = models.output_head(model)
+        arrays = {"weight": weight.detach().float().cpu().numpy(), "scale": scale, "states": states}
+        if bias is not None:
+            arrays["bias"] = bias.detach().float().cpu().numpy()
+        arrays["lengths"] = [len(responses) for responses in lists["responses"]]
+        np.savez(folder / "hidden.npz", **arrays)
+
+    return store.stage(profile.name, "hidden", key, produce, "subset")
+
+
+@torch.no_grad()
+def mean_hidden_states(model, tokenizer, lists, text, token_budget=8192):
+    """Mean last hidden state over the response tokens (EOS excluded) of every response: float32[sum of lengths, d]."""
+    rows = []
+    for row in lists:
+        prompt = models.encode_prompt(tokenizer, row["prompt"], text)
+        rows += [(prompt, models.encode_reply(tokenizer, reply, text)) for reply in row["responses"]]
+    states = np.zeros((len(rows), model.config.get_text_config().hidden_size), np.float32)
+    buckets = rewards.length_buckets([len(p) + len(r) for p, r in rows], token_budget)
+    for batch in with_progress(buckets, "hidden states", total=len(rows)):
+        padded = tokenizer.pad({"input_ids": [sum(rows[i], []) for i in batch]}, return_tensors="pt").to(model.device)
+        labels = torch.full_like(padded["input_ids"], -100)
+        for k, i in enumerate(batch):
+            prompt, reply = rows[i]
+            labels[k, len(prompt) : len(prompt) + len(reply)] = torch.tensor(reply)
+        labels[labels == tokenizer.eos_token_id] = -100
+        inputs = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "use_cache": False}
+        hidden = models.backbone(model)(**inputs).last_hidden_state
+        states[batch] = mean_response_hidden(hidden, labels).float().cpu().numpy()
+    return states
+
+
+def distribution_rewards(hidden, q_diff):
+    """R_dis of every response under the start policy, from the folder of `response_hidden`: one float64 array a list."""
+    with np.load(hidden / "hidden.npz") as stored:
+        direction = reward_direction(torch.from_numpy(stored["weight"]).double(), q_diff).numpy()
+        offset = float(stored["bias"].astype(np.float64) @ q_diff) if "bias" in stored else 0.0
+        flat = stored["scale"] * (stored["states"].astype(np.float64) @ direction + offset)
+        return np.split(flat, np.cumsum(stored["lengths"])[:-1])
+
+
+# ---- publication -------------------------------------------------------------------------------------------------
+
+
+def _publish(folder, lists, counts, tokenizer, profile, grading):
+    graded_lists = Graded(folder, lists, discrepancy(*counts), *counts)
+    lists.to_parquet(folder / "lists.parquet")
+    graded_lists.level_a.to_parquet(folder / "level_a.parquet")
+    save_q_diff(folder / "q_diff.npz", *counts, models.fingerprint(tokenizer))
+    (folder / "README.md").write_text(_data_card(graded_lists, profile, grading), encoding="utf-8")
+
+
+def read_graded(folder):
+    """A published graded subset."""
+    folder = Path(folder)
+    counts = load_counts(folder / "q_diff.npz")
+    return Graded(folder, read_lists(folder / "lists.parquet"), discrepancy(*counts), *counts)
+
+
+def save_q_diff(path, pos_counts, neg_counts, fingerprint):
+    """Counts, q_diff and the tokenizer's fingerprint in one file."""
+    arrays = {"pos_counts": pos_counts, "neg_counts": neg_counts, "q_diff": discrepancy(pos_counts, neg_counts)}
+    np.savez(path, fingerprint=np.array(fingerprint), **arrays)
+
+
+def load_counts(path):
+    """(Q_pos, Q_neg), int64[V] each, of a stored q_diff."""
+    with np.load(path) as stored:
+        return stored["pos_counts"], stored["neg_counts"]
+
+
+def load_q_diff(path, tokenizer):
+    """q_diff float64[V] for this tokenizer. Raises ValueError if it was counted with another one."""
+    with np.load(path) as stored:
+        found, expected = str(stored["fingerprint"]), models.fingerprint(tokenizer)
+        if found != expected:
+            raise ValueError(
+                f"{path} was counted with another tokenizer (fingerprint {found}, this one has {expected}): count again"
+            )
+        return stored["q_diff"]
+
+
+def _data_card(graded_lists, profile, grading):
+    """The card of a graded subset: where it is from, how it was graded, how many lists of each level and subset."""
+    lists = graded_lists.lists.select_columns(["subset", "level"]).to_pandas()
+    table = lists.groupby(["subset", "level"]).size().unstack(fill_value=0)
+    header = "| subset | " + " | ".join(table.columns) + " |\n|---|" + "---|" * len(table.columns)
+    rows = "\n".join(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(table.index, table.values))
+    rule = {
+        "reward": f"by reward model ({profile.reward_models.train.source}): level A the top {profile.grading.top} %, "
+        f"level C the bottom {profile.grading.bottom} % of each subset (anonymous version, sec. 3.1)",
+        "distribution": f"by distribution reward: level A the {profile.grading.direction} {profile.grading.keep} % of "
+        "each subset (final version, Fig. 2)",
+    }[grading]
+    return f"""# Level-A subset, graded {rule}
+
+Made by `deftlib.subset.graded` from `{profile.data.source}` (split `{profile.data.split}`), profile `{profile.name}`.
+Columns: id, subset, prompt, responses (best first), rewards (raw, of r_train, or null), level.
+`level_a.parquet` is the subset, `lists.parquet` every graded list, `q_diff.npz` the counts
+(Q_pos {int(graded_lists.pos_counts.sum()):,} tokens, Q_neg {int(graded_lists.neg_counts.sum()):,}) and the discrepancy distribution.
+
+{header}
+{rows}
+
+The texts and their licence are those of the source. HH-RLHF contains offensive text.
+
+```json
+{json.dumps({"grading": vars(profile.grading), "text": vars(profile.text)}, indent=1)}
+```
+"""

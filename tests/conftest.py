@@ -1,0 +1,71 @@
+"""Shared by the tests of training: a tokenizer of 40 words, random Llamas of width 16, short ranked lists; no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37))])}
+EOS = VOCAB["<eos>"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(WordLevel(VOCAB, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="right")
+
+
+@pytest.fixture
+def make_model():
+    """A random Llama; its weights are large enough for logits and R_dis of order one."""
+
+    def make(seed=0, **changes):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": len(VOCAB), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        tokens = {"pad_token_id": 0, "eos_token_id": EOS, "bos_token_id": None}
+        config = {**sizes, **heads, **tokens, "tie_word_embeddings": True, "initializer_range": 0.2, **changes}
+        return LlamaForCausalLM(LlamaConfig(**config))
+
+    return make
+
+
+@pytest.fixture
+def make_lists():
+    """Encoded ranked lists as `train.encode_lists` returns them: prompts of 2-4 tokens, replies of 2-6 that end in EOS."""
+
+    def make(count=8, length=2, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def words(low, high):
+            size = torch.randint(low, high, (), generator=generator).item()
+            return torch.randint(3, len(VOCAB), (size,), generator=generator).tolist()
+
+        ranks = [float(length - 1 - i) for i in range(length)]
+        return Dataset.from_list(
+            [
+                {"prompt_ids": words(2, 5), "response_ids": [[*words(1, 6), EOS] for _ in ranks], "rewards": ranks}
+                for _ in range(count)
+            ]
+        )
+
+    return make
+
+
+@pytest.fixture
+def q_diff():
+    values = torch.rand(len(VOCAB), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (values - values.mean()).numpy()
