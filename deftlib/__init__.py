@@ -11,11 +11,12 @@ Read the notebooks first; they call these modules, and imports point down this l
     evaluate      generate replies, score them
     distribution  counts, q_diff, R_dis, direction: pure
     grading       levels, sides: pure
-    metrics       BLEU, bootstrap
     rewards       reward models: load, train, score
+    metrics       BLEU, bootstrap
     loop          what all trainings share: arguments, progress lines, checkpoints to resume from
     models        policies and tokenizers: load, including the embedded defaults
     preferences   ranked lists: read, check, reject, split
+    sources       where ranked lists come from, and the formats of their rows
     mini_world    the authored world of data/mini, with its known true reward
     profile       Profile: one typed record, unknown keys refused
     store         where results live; atomic publication, manifest, provenance

@@ -14,6 +14,8 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from deftlib.store import write_atomic
+
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")  # renames to come; pins decide
 disable_progress_bars()  # headless runs print plain lines
 
@@ -77,7 +79,7 @@ class Progress(TrainerCallback):
             print(self._line(state, entry), flush=True)
 
     def on_save(self, args, state, control, **kwargs):
-        (self.folder / "seconds.json").write_text(json.dumps({"seconds": self.seconds}))
+        write_atomic(self.folder / "seconds.json", json.dumps({"seconds": self.seconds}))
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def _line(self, state, entry):
@@ -133,9 +135,10 @@ def read_log(folder):
 
 
 def _drop_entries_after(path, step):
-    """Entries later than the checkpoint resumed from will be written again."""
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    """Entries later than the checkpoint resumed from will be written again, and so will a last line cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _read_seconds(folder):

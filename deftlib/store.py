@@ -22,11 +22,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(os.environ.get("DEFT_ROOT", Path(__file__).resolve().parent.parent))
 MANIFEST = "manifest.json"
 REFUSALS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.ENOSPC: "the disk is full, free some space and run again",
+    errno.EDQUOT: "the disk quota is used up, free some space and run again",
     errno.EACCES: "permission denied",
     errno.EROFS: "the file system is read-only",
 }
@@ -56,9 +58,12 @@ def stage(profile_name, name, key, produce, module=None):
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile_name) / f"{name}-{short}"
     if (final / MANIFEST).is_file():
+        read_manifest(final)  # a result that was cut or lost a file is refused, not reused
         return final
     work = final.with_name(final.name + ".partial")
-    with explained(work):
+    with explained(work), _alone(final):
+        if (final / MANIFEST).is_file():  # another process finished it while this one waited
+            return final
         work.mkdir(parents=True, exist_ok=True)
         print(f"[{name}] started", flush=True)
         start = time.perf_counter() - _seconds_before(work)
@@ -72,16 +77,30 @@ def stage(profile_name, name, key, produce, module=None):
 
 
 @contextmanager
+def _alone(final):
+    """One process at a time computes a result: two notebooks may want the same."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = final.with_name(f".{final.name}.lock")
+    try:
+        with FileLock(lock):
+            yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+@contextmanager
 def explained(path):
     """Turn a full disk or a refused write into one sentence that names the file and the cause."""
     try:
         yield
-    except Exception as error:  # safetensors and torch raise their own kinds for a full disk
-        reason = next((why for code, why in REFUSALS.items() if _caused_by(error, code)), None)
-        if reason is None:
+    except StoreError:
+        raise  # explained already, closer to the cause
+    except Exception as error:
+        code = _refusal(error, path)
+        if code is None:
             raise
         where = getattr(error, "filename", None) or path
-        raise StoreError(f"cannot write {where}: {reason}; earlier results are untouched") from error
+        raise StoreError(f"cannot write {where}: {REFUSALS[code]}; earlier results are untouched") from error
 
 
 def write_atomic(path, data):
@@ -145,9 +164,12 @@ def provenance():
 
 @functools.cache
 def code_digest(module):
-    """12 hex digits over the code that `deftlib.<module>` can run: comments and docstrings do not count."""
+    """12 hex digits over the code that `deftlib.<module>` can run: comments and docstrings do not count.
+
+    Neither do `store` and `profile`: they carry results and settings, and the key holds those.
+    """
     parts = []
-    for name in sorted(imported_modules(module)):
+    for name in sorted(imported_modules(module) - {"store", "profile"}):
         tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -180,8 +202,20 @@ def direct_imports(source):
     return found
 
 
-def _caused_by(error, code):
-    return getattr(error, "errno", None) == code or os.strerror(code) in str(error)
+def _refusal(error, path):
+    """The code in REFUSALS that this error comes from, or None."""
+    code = getattr(error, "errno", None)
+    if code in (errno.EACCES, errno.EROFS):  # about another place, it is an input that cannot be read
+        place = Path(path) if Path(path).is_dir() else Path(path).parent
+        return code if Path(error.filename or path).is_relative_to(place) else None
+    if code in REFUSALS:
+        return code
+    for full in (errno.ENOSPC, errno.EDQUOT):  # safetensors and torch raise their own kinds, with the system's words
+        if os.strerror(full) in str(error):
+            return full
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+        return errno.ENOSPC  # torch.save, which keeps the system's words to itself
+    return None
 
 
 def _write_manifest(folder, record):

@@ -45,27 +45,46 @@ def parts(profile):
     """
     data = profile.data
     source = preferences.locate(data.source)
+    shares = {name: share for name, share in data.shares.items() if share}
+    _check_parts(source, data, shares)
     key = {"data": vars(data), "inputs": _input_digests(source, data)}
 
     def produce(folder):
         read = dict(format=data.format, max_reject_share=data.max_reject_share, cleaning=data.cleaning)
         lists = preferences.read(source, split=data.split, rejects_path=folder / "rejects.jsonl", **read)
-        split = preferences.split(lists, data.shares)
+        split = preferences.split(lists, shares)
         if "test" not in split:
             split["test"] = preferences.read(source, split="test", rejects_path=folder / "rejects-test.jsonl", **read)
         split["pool"] = split["policy"]
         sizes = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
         sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
         for name, part in split.items():
+            if not len(part):
+                raise preferences.PreferenceError(f"{source}: no list fell to the part {name!r}; give it a larger share")
+            if sizes.get(name, 0) > len(part):
+                raise preferences.PreferenceError(
+                    f"{source}: {sizes[name]} lists asked of the part {name!r}, which has {len(part)}; ask for fewer"
+                )
             part = preferences.sample(part, sizes[name]) if sizes.get(name) else part
             part.to_parquet(folder / f"{name}.parquet")
 
     return store.stage(profile.name, "parts", key, produce, "preferences")
 
 
+def _check_parts(source, data, shares):
+    """Refuse shares that lack a part or would test on what was trained on. Raises PreferenceError."""
+    missing = {"policy", "dev"} - shares.keys()
+    if missing:
+        raise preferences.PreferenceError(f"data.shares lacks {' and '.join(sorted(missing))}, found {shares}")
+    if "test" not in shares and (data.split == "test" or Path(source).is_file()):
+        raise preferences.PreferenceError(
+            f"{source}: the test part would be the very lists trained on; give test a share in data.shares"
+        )
+
+
 def _input_digests(source, data):
     """sha256 of every file the lists come from; a hub's data set by its name."""
-    splits = [data.split] if "test" in data.shares else [data.split, "test"]
+    splits = [data.split] if data.shares.get("test") else [data.split, "test"]
     labels = [label for split in splits for _, label, _ in files(source, split)]
     return [store.digest(label) if Path(label).is_file() else label for label in labels]
 
@@ -77,6 +96,7 @@ def scored(profile):
     spec, budget = profile.reward_models.train, profile.reward_models.score_token_budget
     rank_by = profile.data.rank_by
     key = {"parts": store.digest(source), "r_train": models.identity(r_train), "rank_by": rank_by}
+    key |= {"text_format": spec.text_format, "max_tokens": spec.max_tokens}
 
     def produce(folder):
         lists = read_lists(source / "policy.parquet")
@@ -149,6 +169,7 @@ def counted(profile):
     source, start = parts(profile), models.start_policy(profile)
     tokenizer = models.load_tokenizer(start)
     key = {"parts": store.digest(source), "tokenizer": models.fingerprint(tokenizer), "text": vars(profile.text)}
+    key |= {"vocab_size": vocabulary_size(start)}
 
     def produce(folder):
         pool = read_lists(source / "pool.parquet")
@@ -187,6 +208,7 @@ def response_hidden(profile):
     """
     source, start = parts(profile), models.start_policy(profile)
     key = {"parts": store.digest(source), "start": models.identity(start), "text": vars(profile.text)}
+    key |= {"dtype": profile.policy.dtype}
 
     def produce(folder):
         lists = read_lists(source / "policy.parquet")
@@ -289,7 +311,7 @@ def _data_card(graded_lists, profile, grading):
     return f"""# Level-A subset, graded {rule}
 
 Made by `deftlib.subset.graded` from `{profile.data.source}` (split `{profile.data.split}`), profile `{profile.name}`.
-Columns: id, subset, prompt, responses (best first), rewards (raw, of r_train, or null), level.
+Columns: {", ".join(graded_lists.lists.column_names)}; responses are best first, rewards raw, of r_train, or null.
 `level_a.parquet` is the subset, `lists.parquet` every graded list, `q_diff.npz` the counts
 (Q_pos {int(graded_lists.pos_counts.sum()):,} tokens, Q_neg {int(graded_lists.neg_counts.sum()):,}) and the discrepancy distribution.
 

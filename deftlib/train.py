@@ -46,7 +46,7 @@ class PairTrainer(DPOTrainer):
         return dataset  # TRL would tokenise again, drop long prompts and cut replies by its own rules
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with outputs_of(models.base_model(self.accelerator.unwrap_model(model))) as captured:
+        with outputs_of(self.accelerator.unwrap_model(model)) as captured:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self.summed_sft_weight and captured):
             return result
@@ -170,7 +170,7 @@ def fit(profile, method, seed=0, grading=None, omega=None):
     """Train one policy and return its published folder.
 
     method: one of METHODS, or `deft-` and one of them. A plain method learns from all lists of the policy part, a
-    `deft-` method from level A of `grading` (the profile's, if None) under that grading's q_diff. omega overrides the
+    `deft-` method from level A of `grading` (the profile's first, if None) under that grading's q_diff. omega overrides the
     profile's reading with a fixed weight: 0 is level A without the reward. A plain method logs R_dis under the q_diff
     of all lists but never optimises it. Raises ValueError for an unknown method.
     """
@@ -180,7 +180,7 @@ def fit(profile, method, seed=0, grading=None, omega=None):
     recipe, training = getattr(profile.training, base.split("-")[0]), profile.training
     start = fit(profile, "sft", seed) if base in FROM_SFT else models.start_policy(profile)
     if is_deft:
-        graded = subset.graded(profile, grading or training.grading)
+        graded = subset.graded(profile, grading or training.gradings[0])
         lists, q_diff_path = graded.folder / "level_a.parquet", graded.folder / "q_diff.npz"
     else:
         lists, q_diff_path = subset.scored(profile) / "lists.parquet", subset.counted(profile) / "q_diff.npz"
@@ -193,7 +193,7 @@ def fit(profile, method, seed=0, grading=None, omega=None):
         _train(folder, profile, method, seed, start, read_lists(lists), q_diff_path, weight)
 
     suffix = "" if omega is None else f"-omega{omega:g}"
-    suffix += f"-{grading}" if is_deft and grading not in (None, training.grading) else ""
+    suffix += f"-{grading}" if is_deft and grading not in (None, training.gradings[0]) else ""
     return store.stage(profile.name, f"policies/{method}{suffix}-seed{seed}", key, produce, "train")
 
 
@@ -268,7 +268,7 @@ def _omega(trainer, weight, q_diff_path, folder):
         raise ValueError(f'omega.reading must be "published", "counts" or "ratio", found {weight.reading!r}')
     path = folder / "omega.json"  # an interrupted run resumes with the omega it started with
     if not path.is_file():
-        path.write_text(json.dumps(trainer.calibrate(weight.value, weight.calibration_batches)))
+        store.write_atomic(path, json.dumps(trainer.calibrate(weight.value, weight.calibration_batches)))
     return json.loads(path.read_text())
 
 
@@ -278,7 +278,7 @@ def _plain(weight):
 
 def _shared_settings(training):
     """The settings that change what a run computes, for its key."""
-    skipped = {"methods", "grading", "sft", "rrhf", "pro", "dpo", "log_steps", "save_steps"}
+    skipped = {"methods", "gradings", "sft", "rrhf", "pro", "dpo", "log_steps", "save_steps"}
     return {name: value for name, value in vars(training).items() if name not in skipped}
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of training: a tokenizer of 40 words, random Llamas of width 16, short ranked lists; no network."""
+"""Shared by the tests of training: a tokenizer of 40 words, random models of width 16, short ranked lists."""
 
 import os
 
@@ -14,6 +14,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37))])}
 EOS = VOCAB["<eos>"]
+SMALL = {  # of any architecture; weights large enough for logits and R_dis of order one
+    "vocab_size": len(VOCAB),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,22 +43,18 @@ def tokenizer():
 
 @pytest.fixture
 def make_model():
-    """A random Llama; its weights are large enough for logits and R_dis of order one."""
+    """A random Llama, tied unless told otherwise."""
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
-        sizes = {"vocab_size": len(VOCAB), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        tokens = {"pad_token_id": 0, "eos_token_id": EOS, "bos_token_id": None}
-        config = {**sizes, **heads, **tokens, "tie_word_embeddings": True, "initializer_range": 0.2, **changes}
-        return LlamaForCausalLM(LlamaConfig(**config))
+        return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": True, **changes}))
 
     return make
 
 
 @pytest.fixture
 def make_lists():
-    """Encoded ranked lists as `train.encode_lists` returns them: prompts of 2-4 tokens, replies of 2-6 that end in EOS."""
+    """Encoded ranked lists as `train.encode_lists` returns them: prompts of 2-4 tokens, replies of 2-6 with EOS."""
 
     def make(count=8, length=2, seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SMALL
 from peft import LoraConfig
 from transformers import (
     CohereConfig,
@@ -140,9 +141,11 @@ def test_an_update_cut_short_by_the_end_of_the_data_weighs_its_batches_fully(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_omega_zero_is_the_method_itself_bit_for_bit(method, make_trainer, make_model, make_lists):
-    lists, options = make_lists(6, LENGTHS[method]), {"batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    lists = make_lists(6, LENGTHS[method])
+    options = {"batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
     guided, plain = (
-        change_by_training(make_trainer, make_model, lists, method, guided=guided, **options) for guided in (True, False)
+        change_by_training(make_trainer, make_model, lists, method, guided=guided, **options)
+        for guided in (True, False)
     )
     assert torch.count_nonzero(plain) > 0
     assert torch.equal(guided, plain)
@@ -157,10 +160,6 @@ def test_r_dis_is_logged_under_omega_zero_but_no_gradient_ratio(make_trainer, ma
 
 
 # ---- the value ---------------------------------------------------------------------------------------------------
-
-SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-SMALL |= {"initializer_range": 0.2, "max_position_embeddings": 64}
 
 
 def phi():
@@ -387,4 +386,4 @@ def test_the_ratio_is_logged_every_so_many_updates_and_not_divided_by_accumulati
         entries = trainer.state.log_history[:-1]
         assert ["gradient_ratio" in entry for entry in entries] == [True, False, True, False]
         ratios.append(entries[0]["gradient_ratio"])
-    assert ratios[1] == pytest.approx(ratios[0], rel=0.5)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.3)

@@ -1,0 +1,124 @@
+"""Profiles: four sizes of one experiment, every key typed, every mistake answered with the nearest valid name."""
+
+import re
+
+import pytest
+
+from deftlib import profile as profile_module
+from deftlib.profile import FOLDER, Profile, ProfileError
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def test_the_four_profiles_are_there():
+    assert set(NAMES) >= {"mini", "smol", "gpu", "paper"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_loads_and_prints_what_it_is(name):
+    loaded = Profile.load(name)
+    assert loaded.name == name and loaded.seeds
+    assert f"name: {name}" in str(loaded)
+    assert {method.removeprefix("deft-") for method in loaded.training.methods} <= {"sft", "rrhf", "pro", "dpo"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shares_of_a_profile_make_a_whole_and_name_the_parts(name):
+    shares = Profile.load(name).data.shares
+    assert sum(shares.values()) == pytest.approx(1)
+    assert {"policy", "dev"} <= shares.keys() <= {"policy", "reward_train", "reward_eval", "dev", "test"}
+
+
+def test_the_paper_profile_has_the_hyperparameters_of_appendix_a1():
+    paper = Profile.load("paper")
+    training = paper.training
+    assert (training.pro.epochs, training.dpo.epochs) == (2, 1)
+    assert (training.pro.learning_rate, training.dpo.learning_rate) == (5e-6, 5e-7)
+    assert (training.pro_sft_weight, training.dpo_sft_weight) == (0.05, 0.05)
+    assert (training.gradient_accumulation, training.batch_size) == (1, 1)
+    assert (training.pro.omega.value, training.dpo.omega.value) == (2.5e-5, 2.5e-6)
+    assert training.pro.omega.reading == training.dpo.omega.reading == "published"
+    assert training.beta == 0.1
+    assert paper.text.prompt_tokens + paper.text.reply_tokens == 512  # input length
+    assert paper.text.reply_tokens == paper.generation.max_new_tokens == 128  # inference length
+    assert (paper.grading.top, paper.grading.bottom) == (3.73, 12.5)  # section 4.1
+    assert paper.reward_models.train.source == "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"
+    assert paper.reward_models.evaluate.source == "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"
+
+
+# ---- overrides -----------------------------------------------------------------------------------------------------
+
+
+def test_dotted_and_nested_overrides_are_the_same():
+    nested = Profile.load("mini", {"training": {"dpo": {"epochs": 3.0}, "batch_size": 2}, "grading": {"top": 10}})
+    dotted = Profile.load("mini", {"training.dpo.epochs": 3, "training.batch_size": 2, "grading.top": 10.0})
+    assert nested == dotted
+    assert (nested.training.dpo.epochs, nested.training.batch_size, nested.grading.top) == (3.0, 2, 10.0)
+    assert nested.training.dpo.learning_rate == Profile.load("mini").training.dpo.learning_rate  # beside it: unchanged
+
+
+def test_overrides_leave_the_profile_of_the_file_alone():
+    before = Profile.load("mini")
+    Profile.load("mini", {"grading.top": 1.0})
+    assert Profile.load("mini") == before
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"gradin.top": 10}, "unknown profile key 'gradin': did you mean 'grading'?"),
+    ({"training.dpo.learning_rat": 1.0}, "unknown profile key 'training.dpo.learning_rat': did you mean 'learning_rate'?"),
+    ({"training": {"bata": 0.2}}, "unknown profile key 'training.bata': did you mean 'beta'?"),
+    ({"seeds.first": 1}, "'seeds' is a value"),
+    ({"training.pro.learning_rate": "1e-6"}, "found '1e-6' (in YAML write 1.0e-6, not 1e-6)"),
+    ({"training.batch_size": 2.0}, "training.batch_size must be of type int, found 2.0"),
+    ({"training.bf16": "yes"}, "training.bf16 must be of type bool, found 'yes'"),
+    ({"training.batch_size": True}, "training.batch_size must be of type int, found True"),
+    ({"seeds": 0}, "seeds must be a list, found 0"),
+    ({"seeds": [0, "1"]}, "seeds[1] must be of type int, found '1'"),
+    ({"data.shares": {"policy": "0.5"}}, "data.shares.policy must be of type float, found '0.5'"),
+    ({"grading": 5}, "grading must be a section of keys, found 5"),
+    ({"data.rank_by": "rewards"}, "data.rank_by is 'rewards': did you mean 'reward'?"),
+    ({"text.template": "chatml"}, "text.template is 'chatml': did you mean 'chat'?"),
+    ({"training.gradings": ["reward", "best"]}, "training.gradings[1] is 'best': "),
+])
+def test_a_mistake_is_refused_with_what_was_meant(overrides, message):
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        Profile.load("mini", overrides)
+
+
+def test_an_unknown_profile_is_answered_with_the_nearest_name():
+    with pytest.raises(ProfileError, match=r"no profile 'smoll' in profiles/: did you mean 'smol'\?"):
+        Profile.load("smoll")
+    with pytest.raises(ProfileError, match="valid are .*mini.*smol"):
+        Profile.load("xxxxxxxx")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("name: mine\nabout: x\n", "the profile lacks seeds, data, text"),
+    ("name: [mine\n", "mine.yaml is not valid YAML"),
+])
+def test_a_profile_file_that_is_not_whole_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(profile_module, "FOLDER", tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ProfileError, match=message):
+        Profile.load("mine")
+
+
+def test_a_profile_must_bear_the_name_of_its_file(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text((FOLDER / "mini.yaml").read_text())
+    monkeypatch.setattr(profile_module, "FOLDER", tmp_path)
+    with pytest.raises(ProfileError, match=r"mine.yaml calls itself 'mini', expected 'mine'"):
+        Profile.load("mine")
+
+
+# ---- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_changes_with_its_sections_and_not_with_others():
+    before, after = Profile.load("mini"), Profile.load("mini", {"training.dpo.omega.value": 0.1})
+    assert before.digest("training") != after.digest("training")
+    assert before.digest() != after.digest()
+    assert before.digest("data", "policy", "grading") == after.digest("data", "policy", "grading")
+
+
+def test_a_whole_number_and_its_float_are_one_setting():
+    assert Profile.load("mini", {"grading.top": 25}).digest() == Profile.load("mini", {"grading.top": 25.0}).digest()

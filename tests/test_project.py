@@ -1,0 +1,109 @@
+"""The files around the code agree with it: dependencies, Makefile, README, CI, notebooks."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deftlib import store
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name_of(requirement):
+    return re.split(r"[<>=\[ ]", requirement)[0].lower()
+
+
+def test_environment_yml_lists_no_dependency_of_its_own_but_installs_the_package():
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
+    conda = {name_of(entry) for entry in dependencies if isinstance(entry, str)}
+    extras = ",".join(PROJECT["optional-dependencies"])
+    assert pip == ["-c constraints.txt", f"-e .[{extras}]"]
+    assert conda == {"python", "pip", "make", "git"}
+
+
+def test_conda_python_is_one_that_the_package_accepts():
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (python,) = (entry for entry in dependencies if str(entry).startswith("python="))
+    assert python == "python=3.12"
+    assert PROJECT["requires-python"] == ">=3.11,<3.13"
+
+
+def test_every_dependency_has_one_exact_pin_and_no_local_version():
+    pins = [line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    names = [name_of(pin).replace("_", "-") for pin in pins]
+    assert len(names) == len(set(names))
+    wanted = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    assert {name_of(requirement) for requirement in wanted} <= set(names)
+
+
+def test_every_dependency_says_why_it_is_there():
+    text = (ROOT / "pyproject.toml").read_text()
+    for requirement in PROJECT["dependencies"]:
+        (line,) = (line for line in text.splitlines() if f'"{requirement}"' in line)
+        assert "#" in line, f"{requirement} has no reason"
+
+
+def code_of(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_make_knows_every_module_that_a_notebook_runs(notebook):
+    used = set()
+    for name in store.direct_imports(code_of(notebook)):
+        used |= store.imported_modules(name)
+    printed = subprocess.run(
+        ["make", "-n", "-p", "paper"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout  # make's own database of rules
+    (rule,) = re.findall(rf"^build/mini/notebooks/{notebook.stem}\.ipynb: (.*)$", printed, re.M)
+    listed = {Path(p).stem for p in rule.split() if p.startswith("deftlib/")} - {"__init__"}
+    assert listed == used
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_keeps_the_house_rules(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code[0]["metadata"]["tags"] == ["parameters"]
+    assert "".join(code[0]["source"]).split("\n") == ['profile = "mini"', "overrides = {}"]
+    assert "Profile.load(profile, overrides)" in "".join(code[1]["source"])
+    for cell in code:
+        assert cell["execution_count"] is not None, "nbval would not compare this cell"
+        assert not any(output["output_type"] == "error" for output in cell["outputs"])
+        assert len(cell["source"]) <= 15
+        assert all(len(line.rstrip("\n")) <= 79 for line in cell["source"])
+        for output in cell["outputs"]:
+            assert len(json.dumps(output.get("data", {}).get("image/png", ""))) < 400_000  # base64 of 300 kB
+    text = "".join(sum((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), []))
+    assert "What we saw" in text and "Exercise" in text
+    assert str(ROOT) not in notebook.read_text()
+
+
+def test_a_notebook_does_not_write_into_tracked_folders_of_another_profile():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"figures/mini/", "build/", "data/downloads/"} <= set(ignored)
+
+
+def test_ci_takes_its_two_commands_from_the_readme():
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks[0].split("\n") == ["make paper", "make test", ""]
+    assert "README.md" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("module", ["preferences", "train", "run", "mini_world"])
+def test_every_command_explains_itself(module):
+    shown = subprocess.run(
+        [sys.executable, "-m", f"deftlib.{module}", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert shown.returncode == 0 and "usage:" in shown.stdout

@@ -1,0 +1,65 @@
+"""A notebook is published when every cell has run; a failure leaves the earlier copy, one clear line and exit code 1."""
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from deftlib import run, store
+from deftlib.profile import ProfileError
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """Writes a notebook with the two parameters and one more cell; results go below tmp_path."""
+    monkeypatch.setattr(run, "build_dir", lambda name: tmp_path / "build" / name)
+
+    def write(source):
+        cells = [nbformat.v4.new_code_cell('profile = "mini"\noverrides = {}', metadata={"tags": ["parameters"]})]
+        path = tmp_path / "demo.ipynb"
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        cells.append(nbformat.v4.new_code_cell(source))
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+        return path
+
+    return write
+
+
+def test_a_notebook_gets_its_profile_and_is_published_with_outputs(notebook, tmp_path):
+    target = run.execute(notebook("print(profile, overrides)"), "smol", {"grading.top": 10})
+    assert target == tmp_path / "build/smol/notebooks/demo-custom.ipynb"
+    assert "smol {'grading.top': 10}" in target.read_text()
+
+
+def test_a_failing_cell_keeps_the_earlier_copy_and_leaves_the_failed_one_beside_it(notebook, tmp_path):
+    target = run.execute(notebook("print('first')"))
+    with pytest.raises(PapermillExecutionError):
+        run.execute(notebook("raise ValueError('no such file: x.gz')"))
+    assert "first" in target.read_text()
+    assert "no such file" in target.with_suffix(".failed.ipynb").read_text()
+    assert not list(target.parent.glob("*.running.ipynb"))
+
+
+def test_an_unknown_profile_key_is_refused_before_anything_runs(notebook, tmp_path):
+    with pytest.raises(ProfileError, match=r"grading\.topp.*did you mean 'top'"):
+        run.execute(notebook("print(1)"), "mini", {"grading.topp": 1})
+    assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["notebooks/00_walkthrough.ipynb", "--profile", "minni"], "did you mean 'mini'?"),
+        (["notebooks/00_walkthrough.ipynb", "--set", "grading.topp=3"], "did you mean 'top'?"),
+        (["notebooks/00_walkthrough.ipynb", "--set", "grading.top"], "--set wants KEY=VALUE"),
+        (["notebooks/09_nothing.ipynb"], "no notebook"),
+    ],
+)
+def test_a_mistyped_command_gets_one_sentence_and_exit_code_1(arguments, sentence):
+    done = subprocess.run(
+        [sys.executable, "-m", "deftlib.run", *arguments], capture_output=True, text=True, cwd=store.ROOT
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and sentence in done.stderr and "Traceback" not in done.stderr

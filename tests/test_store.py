@@ -1,0 +1,280 @@
+"""Published results: computed once, whole or not at all, and a full disk costs nothing that stood before."""
+
+import builtins
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import deftlib
+from deftlib import store
+from deftlib.store import StoreError
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """An empty project folder to publish into."""
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    return tmp_path
+
+
+def producing(text, calls=None):
+    def produce(folder):
+        (folder / "result.txt").write_text(text)
+        if calls is not None:
+            calls.append(folder)
+
+    return produce
+
+
+def publish(text="first", number=1):
+    return store.stage("p", "kind/thing", {"number": number}, producing(text))
+
+
+# ---- one result a key ----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_computed_once_and_then_reused():
+    calls = []
+    first = store.stage("p", "kind/thing", {"a": 1, "b": 2}, producing("one", calls))
+    again = store.stage("p", "kind/thing", {"b": 2, "a": 1}, producing("two", calls))  # the same key, told otherwise
+    assert first == again and len(calls) == 1
+    assert (first / "result.txt").read_text() == "one"
+
+
+def test_another_key_is_another_result_and_both_stand():
+    one, two = publish("one", 1), publish("two", 2)
+    assert one != two
+    assert [(folder / "result.txt").read_text() for folder in (one, two)] == ["one", "two"]
+
+
+def test_the_code_of_the_module_named_is_part_of_the_key(monkeypatch):
+    first = store.stage("p", "thing", {}, producing("old code"), module="grading")
+    assert store.stage("p", "thing", {}, producing("unused"), module="grading") == first
+    monkeypatch.setattr(store, "code_digest", lambda module: "edited")
+    second = store.stage("p", "thing", {}, producing("new code"), module="grading")
+    assert (second / "result.txt").read_text() == "new code"
+
+
+def test_a_published_folder_carries_its_provenance():
+    manifest = store.read_manifest(publish("four"))
+    assert manifest["name"] == "kind/thing" and manifest["key"] == {"number": 1}
+    assert manifest["files"]["result.txt"]["size"] == 4
+    assert manifest["packages"].keys() >= {"torch", "transformers", "trl"}
+    assert {"created", "git", "device", "seconds", "python"} <= manifest.keys()
+
+
+# ---- interrupted ---------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_produce_publishes_nothing_and_leaves_earlier_results():
+    earlier = publish("earlier")
+
+    def fail(folder):
+        (folder / "half.txt").write_text("half")
+        raise ValueError("no such luck")
+
+    with pytest.raises(ValueError, match="no such luck"):
+        store.stage("p", "kind/thing", {"number": 2}, fail)
+    assert [p.name for p in earlier.parent.iterdir() if not p.name.endswith(".partial")] == [earlier.name]
+    assert store.read_manifest(earlier) and (earlier / "result.txt").read_text() == "earlier"
+
+
+def test_the_next_call_resumes_in_the_folder_of_the_interrupted_one():
+    folders = []
+
+    def produce(folder):
+        folders.append(folder)
+        checkpoint = folder / "checkpoint.txt"
+        if not checkpoint.exists():
+            checkpoint.write_text("half way")
+            raise KeyboardInterrupt
+        (folder / "result.txt").write_text(f"resumed {checkpoint.read_text()}")
+
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("p", "thing", {}, produce)
+    final = store.stage("p", "thing", {}, produce)
+    assert folders[0] == folders[1] and folders[0].name.endswith(".partial")
+    assert (final / "result.txt").read_text() == "resumed half way"
+    assert not folders[0].exists()
+
+
+def test_seconds_spent_before_an_interruption_count():
+    def produce(folder):
+        (folder / "seconds.json").write_text('{"seconds": 100.0}')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("p", "thing", {}, produce)
+    assert store.read_manifest(store.stage("p", "thing", {}, producing("done")))["seconds"] >= 100
+
+
+# ---- full disk -----------------------------------------------------------------------------------------------------
+
+
+def refuse(code, path=None):
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code), path)
+
+    return fail
+
+
+def raising(error):
+    def produce(folder):
+        raise error
+
+    return produce
+
+
+def one_sentence(error):
+    """The message, checked to be one line with one main clause on what to do."""
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("earlier results are untouched")
+    return message
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "rename"])
+def test_a_full_disk_while_publishing_is_one_clear_sentence(monkeypatch, function):
+    earlier = publish("earlier")
+    monkeypatch.setattr(os, function, refuse(errno.ENOSPC))
+    with pytest.raises(StoreError) as error:
+        publish("later", 2)
+    monkeypatch.undo()
+    message = one_sentence(error)
+    assert message.count("cannot write") == 1 and "the disk is full" in message and "kind/thing-" in message
+    assert (earlier / "result.txt").read_text() == "earlier"
+
+
+def test_a_full_disk_names_the_very_file_when_the_system_does(root, monkeypatch):
+    real = builtins.open
+
+    def full(path, *args, **kwargs):
+        return refuse(errno.ENOSPC, str(path))() if "manifest" in str(path) else real(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", full)
+    with pytest.raises(StoreError) as error:
+        publish()
+    assert re.search(r"cannot write \S*manifest\.json\S*: the disk is full", one_sentence(error))
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError(f"Error while serializing: I/O error: {FULL} (os error 28)"),  # safetensors
+    RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"),  # torch
+], ids=["safetensors", "torch.save"])
+def test_a_library_that_meets_a_full_disk_is_understood(error):
+    with pytest.raises(StoreError, match="cannot write .*thing.*: the disk is full"):
+        store.stage("p", "thing", {}, raising(error))
+
+
+def test_a_stage_within_a_stage_is_explained_once(monkeypatch):
+    inner = raising(OSError(errno.ENOSPC, FULL))
+    with pytest.raises(StoreError) as error:
+        store.stage("p", "outer", {}, lambda folder: store.stage("p", "inner", {}, inner))
+    assert one_sentence(error).count("cannot write") == 1 and "/inner-" in str(error.value)
+
+
+def test_an_input_that_may_not_be_read_is_not_taken_for_a_failed_write():
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/train.jsonl")
+    with pytest.raises(PermissionError):
+        store.stage("p", "thing", {}, raising(denied))
+    told = ValueError("/elsewhere/train.jsonl: cannot be read (Permission denied); check the file")
+    with pytest.raises(ValueError, match="cannot be read"):
+        store.stage("p", "thing", {}, raising(told))
+
+
+def test_a_folder_that_refuses_writing_is_named(root):
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root / "build" / "p"))
+    with pytest.raises(StoreError, match="permission denied"), store.explained(root):
+        raise denied
+
+
+# ---- single files --------------------------------------------------------------------------------------------------
+
+
+def test_write_atomic_shows_the_old_content_or_the_new(tmp_path, monkeypatch):
+    path = store.write_atomic(tmp_path / "new" / "table.csv", "old")
+    monkeypatch.setattr(os, "replace", refuse(errno.ENOSPC))
+    with pytest.raises(StoreError, match="table.csv: the disk is full"):
+        store.write_atomic(path, "new")
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["table.csv"]
+    monkeypatch.undo()
+    assert store.write_atomic(path, b"new").read_bytes() == b"new"
+
+
+def test_a_file_of_another_size_than_published_is_refused_everywhere():
+    folder = publish("whole")
+    (folder / "result.txt").write_text("cut")
+    for use in (store.read_manifest, store.digest, lambda _: publish("whole")):
+        with pytest.raises(StoreError, match=r"result.txt differs from its manifest: delete"):
+            use(folder)
+
+
+def test_a_folder_without_manifest_is_no_result(tmp_path):
+    with pytest.raises(StoreError, match="holds no published result"):
+        store.read_manifest(tmp_path)
+
+
+def test_the_digest_of_a_folder_is_that_of_its_content():
+    same, other, alike = publish("same", 1), publish("other", 2), publish("same", 3)
+    assert store.digest(same) == store.digest(alike) != store.digest(other)
+
+
+def test_timings_list_every_published_result_in_order_of_creation(root):
+    for number in (1, 2):
+        folder = store.stage("p", f"step {number}", {}, producing("x"))
+        manifest = json.loads((folder / store.MANIFEST).read_text())
+        manifest |= {"seconds": number, "created": f"2026-01-0{3 - number}"}  # the second is older
+        (folder / store.MANIFEST).write_text(json.dumps(manifest))
+    assert store.timings("p") == [("step 2", 2), ("step 1", 1)]
+
+
+# ---- code ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A folder in the place of deftlib's, and a function that gives its digest for a module's source."""
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "store.py"))
+
+    def digest_of(**sources):
+        for name, source in sources.items():
+            (tmp_path / f"{name}.py").write_text(source)
+        store.code_digest.cache_clear()
+        return store.code_digest("top")
+
+    yield digest_of
+    store.code_digest.cache_clear()
+
+
+def test_the_code_digest_ignores_comments_and_docstrings_but_not_code(code):
+    plain = code(top="def f():\n    '''Say it.'''\n    return 1\n")
+    assert code(top="def f():\n    '''Say it otherwise.'''\n\n    return 1  # why\n") == plain
+    assert code(top="def f():\n    '''Say it.'''\n    return 2\n") != plain
+
+
+def test_the_code_digest_follows_imports(code):
+    before = code(top="from deftlib.below import g\n", below="def g():\n    return 1\n", beside="x = 1\n")
+    assert code(beside="x = 2\n") == before
+    assert code(below="def g():\n    return 2\n") != before
+
+
+def test_every_way_to_import_a_module_is_seen():
+    source = "import deftlib.a\nfrom deftlib import b, c\nfrom deftlib.d import e\ndef f():\n    from deftlib.g import h\n"
+    assert store.direct_imports(source) == {"a", "b", "c", "d", "g"}
+
+
+def test_imports_point_down_the_house_list():
+    house = re.findall(r"^    (\w+)  +\S", deftlib.__doc__, re.MULTILINE)
+    folder = Path(deftlib.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert not modules - set(house), "modules that the list in deftlib/__init__.py lacks"
+    for module in modules:
+        source = (folder / f"{module}.py").read_text(encoding="utf-8")
+        up = [name for name in store.direct_imports(source) if house.index(name) <= house.index(module)]
+        assert not up, f"{module} imports {up} from above"
+        assert "from ." not in source, f"{module} imports relatively, which store.direct_imports cannot see"
