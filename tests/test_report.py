@@ -51,3 +51,18 @@ def test_a_later_notebook_adds_to_the_provenance_of_an_earlier_one(profile, tmp_
     report.save_table(profile, "b", FRAME, title="B", notebook="02_distribution")
     report.save_table(profile, "a", FRAME, title="A", notebook="01_grading")
     assert list(json.loads((tmp_path / "mini/provenance.json").read_text())) == ["a", "b"]
+
+
+def test_a_text_with_an_unfit_word_is_not_shown():
+    assert report.fit_to_show("Warm the classic dish, then assist the guest.")
+    assert not report.fit_to_show("He was Killed.")
+
+
+def test_a_token_is_readable_and_an_unfit_one_masked():
+    assert [report.readable(token) for token in (" you", "\n\n", " ", " $", " murder")] == [
+        "you", "⏎⏎", "␣", r"\$", "m*****"
+    ]  # fmt: skip
+
+
+def test_the_published_counts_are_at_hand():
+    assert report.published()["anonymous"]["table1_counts"]["total"] == [160793, 6000, 8552]

@@ -215,7 +215,7 @@ def test_a_reward_model_learns_a_separable_task_and_says_how_well(parts, monkeyp
     profile = Profile.load("mini", TINY)
     folder = rewards.reward_model(profile, "evaluate", parts)
     measured = rewards.accuracy(folder)
-    assert measured.low < measured.value <= measured.high and measured.value >= 0.9 and measured.n == 40
+    assert measured.low < measured.mean <= measured.high and measured.mean >= 0.9 and measured.n == 40
     assert json.loads((folder / "accuracy.json").read_text()) == measured._asdict()
     model, tokenizer = load_reward_model(folder)
     prompt, spec = toy_lists(1, seed=9)["prompt"][0], profile.reward_models.evaluate
