@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
 NAMES := 00_walkthrough 01_grading 02_distribution 03_training
 
-.PHONY: paper test lab notebooks bench data clean help
+.PHONY: paper test lab notebooks data clean help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 

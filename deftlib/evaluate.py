@@ -52,7 +52,7 @@ def first_turn(generated):
 
 
 def replies(profile, policy, parts, r_eval, seed=0):
-    """DataFrame of the policy's replies to the test part: id, subset, prompt, sample, reply, reward[, true_reward, unknown].
+    """The policy's replies to the test part: id, subset, prompt, sample, reply, reward[, true_reward, unknown].
 
     policy: folder or hub id. parts, r_eval: folders of `subset.parts` and `rewards.reward_model(…, "evaluate")`.
     reward is r_eval's raw score; in the mini world true_reward is 0..100 and unknown the share of unknown sentences.
@@ -100,7 +100,7 @@ def by_prompt(frames, score):
 def compare(scores, baseline):
     """Table of methods: mean with its 95 % interval, and the paired difference to `baseline` with its own.
 
-    scores: {method: float[S, N]} of `by_prompt`, all over the same prompts. Intervals: bootstrap over prompts and seeds.
+    scores: {method: float[S, N]} of `by_prompt`, over the same prompts. Intervals: bootstrap over prompts and seeds.
     """
     rows = []
     for method, values in scores.items():

@@ -28,10 +28,10 @@ class DistributionGuided:
     def __init__(self, *args, q_diff, omega=0.0, ratio_steps=100, **kwargs):
         super().__init__(*args, **kwargs)
         if getattr(self.args, "packing", False) or getattr(self.args, "padding_free", False):
-            raise ValueError("DistributionGuided needs one response per row: packing and padding_free are not supported")
+            raise ValueError("DistributionGuided needs one response per row: packing and padding_free are refused")
         weight, _, _ = output_head(self.model)
         if len(q_diff) != len(weight):
-            raise ValueError(f"q_diff has {len(q_diff)} entries, the output head {len(weight)} rows: another tokenizer?")
+            raise ValueError(f"q_diff has {len(q_diff)} entries, the head {len(weight)} rows: another tokenizer?")
         self.q_diff = torch.as_tensor(q_diff)
         self.omega, self.ratio_steps = omega, ratio_steps
         self._guided = defaultdict(list)

@@ -1,7 +1,7 @@
 """What all trainings here share: arguments for a quiet CPU or GPU run, progress lines, checkpoints to resume from.
 
-    trainer = SomeTrainer(model, args=SomeConfig(**arguments(folder, ...)), callbacks=[Progress(folder)], ...)
-    fit_or_resume(trainer, folder)
+trainer = SomeTrainer(model, args=SomeConfig(**arguments(folder, ...)), callbacks=[Progress(folder)], ...)
+fit_or_resume(trainer, folder)
 """
 
 import json

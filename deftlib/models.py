@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -97,9 +96,9 @@ def encode_prompt(tokenizer, prompt, text):
 
 
 def encode_reply(tokenizer, reply, text):
-    """Token ids of a reply and one EOS, the first `text.reply_tokens`: a reply that is cut does not end (our choice)."""
+    """Token ids of a reply and one EOS, the first `text.reply_tokens`: a cut reply does not end (our choice)."""
     ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    return (ids + [tokenizer.eos_token_id])[: text.reply_tokens]
+    return [*ids, tokenizer.eos_token_id][: text.reply_tokens]
 
 
 def turns(prompt):
@@ -196,7 +195,7 @@ def mini_config(profile, tokenizer, **extra):
 
 
 def _pretrain(profile, folder):
-    """Train the mini policy from scratch on dialogues of mixed quality, prompt and reply alike: it hears good and bad."""
+    """Train the mini policy from scratch on dialogues of mixed quality, prompt and reply alike: good and bad."""
     policy, text, tokenizer = profile.policy, profile.text, mini_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(mini_config(profile, tokenizer)).to(device())

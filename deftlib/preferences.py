@@ -33,16 +33,31 @@ from deftlib.sources import (
     shape,
 )
 
-__all__ = ["FEATURES", "FORMATS", "PreferenceError", "as_prompt", "first_human_turn", "locate", "main", "pro_cleaning",
-           "read", "read_lists", "sample", "split", "split_of"]
+__all__ = [
+    "FEATURES",
+    "FORMATS",
+    "PreferenceError",
+    "as_prompt",
+    "first_human_turn",
+    "locate",
+    "main",
+    "pro_cleaning",
+    "read",
+    "read_lists",
+    "sample",
+    "split",
+    "split_of",
+]
 
-FEATURES = datasets.Features({
-    "id": datasets.Value("string"),
-    "subset": datasets.Value("string"),
-    "prompt": datasets.Value("string"),
-    "responses": datasets.List(datasets.Value("string")),  # best first
-    "rewards": datasets.List(datasets.Value("float64")),  # highest first, or null: nobody scored this list
-})
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "subset": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "responses": datasets.List(datasets.Value("string")),  # best first
+        "rewards": datasets.List(datasets.Value("float64")),  # highest first, or null: nobody scored this list
+    }
+)
 LISTS_PER_BATCH = 10_000  # Python objects weigh several times their Arrow form, so few lists are held as such
 
 
@@ -86,7 +101,8 @@ def read(source, *, split="train", format="auto", rejects_path=None, max_reject_
     if len(rejects) > max_reject_share * n_found:
         raise PreferenceError(
             f"{source}: {len(rejects)} of {n_found} lists rejected ({_counts(rejects)}), more than the share of "
-            f"{max_reject_share:g} allowed; mend the rows, check the format, or raise max_reject_share")
+            f"{max_reject_share:g} allowed; mend the rows, check the format, or raise max_reject_share"
+        )
     if not lists:
         raise PreferenceError(f"{source}: {n_found} lists found, none usable; expected prompts with ranked replies")
     return lists
@@ -142,8 +158,10 @@ def _checked(found, default_id, default_subset, ids):
     if isinstance(found, RowFault):
         raise found
     try:
-        row_id, subset = (default if found.get(key) is None else found[key]
-                          for key, default in (("id", default_id), ("subset", default_subset)))
+        row_id, subset = (
+            default if found.get(key) is None else found[key]
+            for key, default in (("id", default_id), ("subset", default_subset))
+        )
         if not (isinstance(row_id, str) and isinstance(subset, str)):
             raise RowFault("wrong type", f"id is {shape(row_id)}, subset is {shape(subset)}, expected text")
         prompt, responses = found["prompt"], _responses(found)
@@ -254,8 +272,9 @@ def _unit_hash(seed, text):
 
 def main(arguments=None):
     """Check a source from the shell; exit code 0 if its rejects stay within the share, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m deftlib.preferences",
-                                     description="Read and check ranked preference data.")
+    parser = argparse.ArgumentParser(
+        prog="python -m deftlib.preferences", description="Read and check ranked preference data."
+    )
     add = parser.add_argument
     add("source", metavar="PATH", help="file of JSON lines, folder, hub id, or mini")
     add("--split", default="train", help="which file of a folder or hub id (default: train)")
@@ -267,8 +286,14 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     datasets.disable_progress_bars()
     try:
-        lists = read(options.source, split=options.split, format=options.format, rejects_path=options.rejects,
-                     max_reject_share=options.max_reject_share, cleaning=options.cleaning)
+        lists = read(
+            options.source,
+            split=options.split,
+            format=options.format,
+            rejects_path=options.rejects,
+            max_reject_share=options.max_reject_share,
+            cleaning=options.cleaning,
+        )
         if options.out:
             lists.to_parquet(options.out)
     except (PreferenceError, OSError) as error:

@@ -29,7 +29,7 @@ class Data:
     source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), a folder, a file or a hub id
     format: str = "auto"  # see preferences.read
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
-    shares: dict[str, float] = field(default_factory=dict)  # part -> share of `split`, by hash of the first human turn; 0 = none
+    shares: dict[str, float] = field(default_factory=dict)  # part -> share of `split`, by hash of the first turn
     train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all
     count_lists: int = 0  # lists counted for the distribution grading's q_diff; 0 = all of the policy part
     reward_lists: int = 0  # lists each reward model learns from; 0 = all of its part
@@ -82,7 +82,7 @@ class Grading:
     top: float = 3.73  # a, sec. 4.1: level A in per cent of each subset
     bottom: float = 12.5  # c, sec. 4.1
     keep: float = 5.0  # final version: per cent of each subset kept by R_dis
-    direction: Literal["lowest", "highest"] = "lowest"  # final version, Fig. 2: low R_dis is kept; the other is a control
+    direction: Literal["lowest", "highest"] = "lowest"  # final version, Fig. 2: low R_dis is kept
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Profile:
     def digest(self, *sections):
         """12 hex digits over the named sections (all, if none): part of the key of a published result."""
         values = {name: getattr(self, name) for name in sections or [f.name for f in dataclasses.fields(self)]}
-        plain = {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self):

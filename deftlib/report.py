@@ -1,8 +1,8 @@
 """Tables and figures of a run, in one style, each with the data and the provenance behind it.
 
-    style()
-    save_table(profile, "table1", frame, title="…", notebook="01_grading")      # .csv .md .tex
-    save_figure(profile, "fig1", figure, frame, title="…", notebook="02_…")      # .png .pdf .csv
+style()
+save_table(profile, "table1", frame, title="…", notebook="01_grading")      # .csv .md .tex
+save_figure(profile, "fig1", figure, frame, title="…", notebook="02_…")      # .png .pdf .csv
 """
 
 import json

@@ -11,8 +11,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXModel
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    LlamaForSequenceClassification,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedModel
 from trl import RewardConfig, RewardTrainer
@@ -72,7 +77,7 @@ def load_reward_model(path):
 
 
 def reward_text(prompt, reply, text_format):
-    """Prompt and reply as the reward model reads them: "plain" is the project's text, "oasst" OpenAssistant's format."""
+    """Prompt and reply as a reward model reads them: "plain" is the project's text, "oasst" OpenAssistant's."""
     if text_format == "plain":
         return prompt + reply
     markers = {"user": "<|prompter|>", "assistant": "<|assistant|>"}
@@ -123,7 +128,7 @@ def length_buckets(lengths, token_budget):
 
 
 def reward_model(profile, which, parts):
-    """Folder (or hub id) of `r_train` ("train") or `r_eval` ("evaluate"), trained on its own part if the profile says so.
+    """Folder (or hub id) of `r_train` ("train") or `r_eval` ("evaluate"), trained on its part if the profile says so.
 
     parts: the published folder of `subset.parts`. `r_train` learns from its `reward_train.parquet`, `r_eval` from
     `reward_eval.parquet`, on disjoint prompts; both are tested on `dev.parquet`, and `accuracy` reads the result.
@@ -135,9 +140,8 @@ def reward_model(profile, which, parts):
     key = {"spec": vars(spec), "parts": store.digest(parts), "start": models.identity(start)}
     own = "reward_train" if which == "train" else "reward_eval"
     train, dev = read_lists(parts / f"{own}.parquet"), read_lists(parts / "dev.parquet")
-    return store.stage(
-        profile.name, f"rewards/{which}", key, lambda folder: _train(profile, which, start, train, dev, folder), "rewards"
-    )
+    produce = lambda folder: _train(profile, which, start, train, dev, folder)
+    return store.stage(profile.name, f"rewards/{which}", key, produce, "rewards")
 
 
 def accuracy(path):

@@ -32,6 +32,7 @@ REFUSALS = {
     errno.EACCES: "permission denied",
     errno.EROFS: "the file system is read-only",
 }
+TORCH_SAVE_CUT_SHORT = ("PytorchStreamWriter", "] . unexpected pos ")  # it keeps the system's words to itself
 PACKAGES = ["torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", "pandas"]
 
 
@@ -213,8 +214,8 @@ def _refusal(error, path):
     for full in (errno.ENOSPC, errno.EDQUOT):  # safetensors and torch raise their own kinds, with the system's words
         if os.strerror(full) in str(error):
             return full
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
-        return errno.ENOSPC  # torch.save, which keeps the system's words to itself
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_SAVE_CUT_SHORT):
+        return errno.ENOSPC
     return None
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import AutoConfig
 
 from deftlib import models, preferences, rewards, store
 from deftlib.distribution import count_tokens, discrepancy, mean_response_hidden, reward_direction
@@ -50,7 +51,7 @@ def parts(profile):
     key = {"data": vars(data), "inputs": _input_digests(source, data)}
 
     def produce(folder):
-        read = dict(format=data.format, max_reject_share=data.max_reject_share, cleaning=data.cleaning)
+        read = {"format": data.format, "max_reject_share": data.max_reject_share, "cleaning": data.cleaning}
         lists = preferences.read(source, split=data.split, rejects_path=folder / "rejects.jsonl", **read)
         split = preferences.split(lists, shares)
         if "test" not in split:
@@ -60,7 +61,7 @@ def parts(profile):
         sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
         for name, part in split.items():
             if not len(part):
-                raise preferences.PreferenceError(f"{source}: no list fell to the part {name!r}; give it a larger share")
+                raise preferences.PreferenceError(f"{source}: no list fell to part {name!r}; give it a larger share")
             if sizes.get(name, 0) > len(part):
                 raise preferences.PreferenceError(
                     f"{source}: {sizes[name]} lists asked of the part {name!r}, which has {len(part)}; ask for fewer"
@@ -134,11 +135,11 @@ def graded(profile, grading):
     if grading == "reward":
         source = scored(profile)
         key |= {"scored": store.digest(source)}
-        produce = lambda folder: _grade_by_reward(profile, source, start, folder)  # noqa: E731
+        produce = lambda folder: _grade_by_reward(profile, source, start, folder)
     else:
         source, counts, hidden = parts(profile), counted(profile), response_hidden(profile)
         key |= {"parts": store.digest(source), "counted": store.digest(counts), "hidden": store.digest(hidden)}
-        produce = lambda folder: _grade_by_distribution(profile, source, counts, hidden, folder)  # noqa: E731
+        produce = lambda folder: _grade_by_distribution(profile, source, counts, hidden, folder)
     return read_graded(store.stage(profile.name, f"graded/{grading}", key, produce, "subset"))
 
 
@@ -165,7 +166,7 @@ def _grade_by_distribution(profile, source, counted_folder, hidden, folder):
 
 
 def counted(profile):
-    """Folder with `q_diff.npz` of the whole policy part, y_1 against y_l: needs no rewards and no grading (decision 5)."""
+    """Folder with `q_diff.npz` of the whole policy part, y_1 against y_l: without rewards or grading (decision 5)."""
     source, start = parts(profile), models.start_policy(profile)
     tokenizer = models.load_tokenizer(start)
     key = {"parts": store.digest(source), "tokenizer": models.fingerprint(tokenizer), "text": vars(profile.text)}
@@ -194,7 +195,7 @@ def count_lists(lists, list_sides, tokenizer, vocab_size, text):
 
 def vocabulary_size(policy):
     """Rows of the policy's output head: the length of q_diff."""
-    return models.AutoConfig.from_pretrained(policy).get_text_config().vocab_size
+    return AutoConfig.from_pretrained(policy).get_text_config().vocab_size
 
 
 # ---- R_dis of many lists from one forward pass -------------------------------------------------------------------
@@ -234,7 +235,9 @@ def mean_hidden_states(model, tokenizer, lists, text, token_budget=8192):
     states = np.zeros((len(rows), model.config.get_text_config().hidden_size), np.float32)
     buckets = rewards.length_buckets([len(p) + len(r) for p, r in rows], token_budget)
     for batch in with_progress(buckets, "hidden states", total=len(rows)):
-        padded = tokenizer.pad({"input_ids": [sum(rows[i], []) for i in batch]}, return_tensors="pt").to(model.device)
+        padded = tokenizer.pad({"input_ids": [[*rows[i][0], *rows[i][1]] for i in batch]}, return_tensors="pt").to(
+            model.device
+        )
         labels = torch.full_like(padded["input_ids"], -100)
         for k, i in enumerate(batch):
             prompt, reply = rows[i]
@@ -247,7 +250,7 @@ def mean_hidden_states(model, tokenizer, lists, text, token_budget=8192):
 
 
 def distribution_rewards(hidden, q_diff):
-    """R_dis of every response under the start policy, from the folder of `response_hidden`: one float64 array a list."""
+    """R_dis of every response under the start policy, from `response_hidden`'s folder: one float64 array a list."""
     with np.load(hidden / "hidden.npz") as stored:
         direction = reward_direction(torch.from_numpy(stored["weight"]).double(), q_diff).numpy()
         offset = float(stored["bias"].astype(np.float64) @ q_diff) if "bias" in stored else 0.0
@@ -312,8 +315,8 @@ def _data_card(graded_lists, profile, grading):
 
 Made by `deftlib.subset.graded` from `{profile.data.source}` (split `{profile.data.split}`), profile `{profile.name}`.
 Columns: {", ".join(graded_lists.lists.column_names)}; responses are best first, rewards raw, of r_train, or null.
-`level_a.parquet` is the subset, `lists.parquet` every graded list, `q_diff.npz` the counts
-(Q_pos {int(graded_lists.pos_counts.sum()):,} tokens, Q_neg {int(graded_lists.neg_counts.sum()):,}) and the discrepancy distribution.
+`level_a.parquet` is the subset, `lists.parquet` every graded list, `q_diff.npz` the discrepancy distribution and counts
+(Q_pos {int(graded_lists.pos_counts.sum()):,} tokens, Q_neg {int(graded_lists.neg_counts.sum()):,}).
 
 {header}
 {rows}

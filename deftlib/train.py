@@ -170,9 +170,9 @@ def fit(profile, method, seed=0, grading=None, omega=None):
     """Train one policy and return its published folder.
 
     method: one of METHODS, or `deft-` and one of them. A plain method learns from all lists of the policy part, a
-    `deft-` method from level A of `grading` (the profile's first, if None) under that grading's q_diff. omega overrides the
-    profile's reading with a fixed weight: 0 is level A without the reward. A plain method logs R_dis under the q_diff
-    of all lists but never optimises it. Raises ValueError for an unknown method.
+    `deft-` method from level A of `grading` (the profile's first, if None) under that grading's q_diff. omega
+    overrides the profile's reading with a fixed weight: 0 is level A without the reward. A plain method logs R_dis
+    under the q_diff of all lists but never optimises it. Raises ValueError for an unknown method.
     """
     base, is_deft = method.removeprefix("deft-"), method.startswith("deft-")
     if base not in METHODS:
@@ -186,6 +186,7 @@ def fit(profile, method, seed=0, grading=None, omega=None):
         lists, q_diff_path = subset.scored(profile) / "lists.parquet", subset.counted(profile) / "q_diff.npz"
     weight = omega if omega is not None else (recipe.omega if is_deft else 0.0)
     key = {"method": method, "seed": seed, "start": models.identity(start), "text": vars(profile.text)}
+    key |= {"dtype": profile.policy.dtype}
     key |= {"lists": store.digest(lists), "q_diff": store.digest(q_diff_path), "omega": _plain(weight)}
     key |= {"recipe": [recipe.epochs, recipe.learning_rate], "training": _shared_settings(training)}
 
@@ -198,7 +199,7 @@ def fit(profile, method, seed=0, grading=None, omega=None):
 
 
 def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
-    base, training = method.removeprefix("deft-"), profile.training
+    base = method.removeprefix("deft-")
     tokenizer, model = models.load_tokenizer(start), models.load_policy(start, profile.policy.dtype)
     encoded = encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
     trainer = _build_trainer(folder, profile, base, seed, start, model, tokenizer, encoded, q_diff_path)

@@ -105,7 +105,7 @@ def first_batch(trainer):
 def test_one_batch_of_eight_and_four_of_two_push_equally(
     method, make_trainer, make_model, make_lists, q_diff, tokenizer
 ):
-    lists, omega, pushes = make_lists(8, LENGTHS[method]), 50.0, []
+    lists, omega, pushes, alone = make_lists(8, LENGTHS[method]), 50.0, [], []
     for size, steps in ((8, 1), (2, 4)):
         options = {"batch_size": size, "gradient_accumulation_steps": steps}
         guided, plain = (
@@ -113,7 +113,9 @@ def test_one_batch_of_eight_and_four_of_two_push_equally(
             for weight in (omega, 0.0)
         )
         pushes.append(guided - plain)
+        alone.append(plain)
     assert torch.norm(pushes[0] - pushes[1]) < 1e-5 * torch.norm(pushes[0])
+    assert torch.norm(alone[0] - alone[1]) < 1e-5 * torch.norm(alone[0])  # so does the method's own loss
 
     model = make_model()
     mean_reward = printed_reward(model, lists, q_diff, tokenizer).mean()

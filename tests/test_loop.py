@@ -37,7 +37,7 @@ class Kill(TrainerCallback):
 ROWS = [{"x": [float(i), float(i % 3), 1.0], "labels": float(i % 5)} for i in range(40)]
 
 
-def run(folder, kill_after=None, save_steps=3):
+def run(folder, kill_after=None, save_steps=3, drawn_before=0):
     """10 updates of 4 rows; the folder is what a user sees."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = arguments(folder, epochs=1, learning_rate=0.1, batch_size=4, seed=0, save_steps=save_steps)
@@ -47,6 +47,7 @@ def run(folder, kill_after=None, save_steps=3):
         train_dataset=ROWS,
         callbacks=[Progress(folder, "line"), *([Kill(kill_after)] if kill_after else [])],
     )
+    torch.rand(drawn_before)  # as calibration does
     fit_or_resume(trainer, folder)
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -79,6 +80,10 @@ def test_the_log_has_each_step_once_and_the_same_losses(tmp_path):
     assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
     seconds = [entry["seconds"] for entry in logs[1]]
     assert seconds == sorted(seconds)
+
+
+def test_random_numbers_drawn_before_training_do_not_change_it(tmp_path):
+    assert torch.equal(run(tmp_path / "none"), run(tmp_path / "some", drawn_before=5))
 
 
 def test_two_interruptions_are_no_harder_than_one(tmp_path):

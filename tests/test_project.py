@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_every_dependency_has_one_exact_pin_and_no_local_version():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
     names = [name_of(pin).replace("_", "-") for pin in pins]
     assert len(names) == len(set(names))
-    wanted = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    wanted = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
     assert {name_of(requirement) for requirement in wanted} <= set(names)
 
 
@@ -85,7 +86,7 @@ def test_a_notebook_keeps_the_house_rules(notebook):
         assert all(len(line.rstrip("\n")) <= 79 for line in cell["source"])
         for output in cell["outputs"]:
             assert len(json.dumps(output.get("data", {}).get("image/png", ""))) < 400_000  # base64 of 300 kB
-    text = "".join(sum((cell["source"] for cell in cells if cell["cell_type"] == "markdown"), []))
+    text = "".join(chain(*(cell["source"] for cell in cells if cell["cell_type"] == "markdown")))
     assert "What we saw" in text and "Exercise" in text
     assert str(ROOT) not in notebook.read_text()
 

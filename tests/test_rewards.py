@@ -1,4 +1,4 @@
-"""Reward models: OpenAssistant's architecture by hand, scores that do not depend on batching, training on a toy task."""
+"""Reward models: OpenAssistant's architecture by hand, scores free of batching, training on a toy task."""
 
 import json
 import re
@@ -53,7 +53,7 @@ SIZES = {
 
 
 def oasst_checkpoint(folder, pooling):
-    """A random checkpoint with the names and the configuration of OpenAssistant's; returns its GPT-NeoX and its head."""
+    """A random checkpoint with names and configuration as OpenAssistant's; returns its GPT-NeoX and its head."""
     torch.manual_seed(0)
     backbone = GPTNeoXModel(GPTNeoXConfig(**SIZES)).eval()
     head = {"out_proj.weight": torch.randn(1, 16), "out_proj.bias": torch.randn(1)}

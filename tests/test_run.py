@@ -1,4 +1,4 @@
-"""A notebook is published when every cell has run; a failure leaves the earlier copy, one clear line and exit code 1."""
+"""A notebook is published when every cell has run; a failure leaves the earlier copy, one line and exit code 1."""
 
 import subprocess
 import sys
