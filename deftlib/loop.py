@@ -1,7 +1,9 @@
 """What all trainings here share: arguments for a quiet CPU or GPU run, progress lines, checkpoints to resume from.
 
-trainer = SomeTrainer(model, args=SomeConfig(**arguments(folder, ...)), callbacks=[Progress(folder)], ...)
-fit_or_resume(trainer, folder)
+    trainer = SomeTrainer(model, args=SomeConfig(**arguments(folder, ...)), callbacks=[Progress(folder, "label")])
+    fit_or_resume(trainer, folder)
+
+A run that was killed goes on from its newest complete checkpoint, to the same weights.
 """
 
 import json

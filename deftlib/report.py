@@ -1,10 +1,13 @@
 """Tables and figures of a run, in one style, each with the data and the provenance behind it.
 
-style()
-save_table(profile, "table1", frame, title="…", notebook="01_grading")      # .csv .md .tex
-save_figure(profile, "fig1", figure, frame, title="…", notebook="02_…")      # .png .pdf .csv
+    style()
+    save_table(profile, "table1", frame, title="…", notebook="01_grading")      # .csv .md .tex
+    save_figure(profile, "fig1", figure, frame, title="…", notebook="02_…")      # .png .pdf .csv
+
+Everything lands in `figures/<profile>/`; `provenance.json` there names notebook, command, seeds and versions of each.
 """
 
+import functools
 import json
 import os
 import re
@@ -12,26 +15,23 @@ import re
 import matplotlib.pyplot as plt
 
 from deftlib import store
+from deftlib.profile import Profile
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 GOOD, BAD, NEUTRAL = "#0072B2", "#D55E00", "#7F7F7F"
 COLOURS = [GOOD, BAD, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 
-# Words (by their beginnings) that keep a text out of what is shown: HH-RLHF holds offensive text.
-UNFIT = re.compile(
-    r"""\b( abus|arrest|asians?|ass\b|asshole|black|blood|bomb|breast|burn|bitch|bullshit|bully|cancer|cocain|corpse
-    |crap|crim|cunt|damn|dead|death|died?\b|dick|drug|drunk|dying|fag|fat\b|fuck|gay|genital|gun|hack|hang|harm|hate|hell\b
-    |hitler|illegal|immigra|islam|jail|jew\b|jews|jewish|kidnap|kill|knife|lesbian|meth\b|mexican|murder|muslim|naked
-    |nazi|negro|nigg|nude|overdos|penis|pimp|piss|poison|porn|prison|prostit|pussy|race\b|racis|rape|rapist|retard|rob\b|robb
-    |sex|shit|shoot|slave|slut|smok|stab\b|stabb|steal|suicid|terror|thief|tortur|trans\b|transgender|vagina|violen
-    |war\b|weapon|weed|whites?|whore )""",
-    re.IGNORECASE | re.VERBOSE,
-)
+
+@functools.cache
+def _unfit():
+    """A pattern that finds the words of `data/unfit_words.txt`, by their beginnings."""
+    stems = (store.ROOT / "data" / "unfit_words.txt").read_text(encoding="utf-8").split()
+    return re.compile(rf"\b(?:{'|'.join(stems)})", re.IGNORECASE)
 
 
 def fit_to_show(text):
-    """Whether no word of the text begins as one of `UNFIT`; crude on purpose: it rather hides too much."""
-    return not UNFIT.search(text)
+    """Whether no word of the text begins as one in `data/unfit_words.txt`; crude, so it rather hides too much."""
+    return not _unfit().search(text)
 
 
 def readable(token):
@@ -73,7 +73,7 @@ def style():
 
 def save_table(profile, name, frame, title, notebook):
     """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV."""
-    folder = store.figures_dir(profile.name)
+    folder = _folder(profile)
     store.write_atomic(folder / f"{name}.csv", frame.to_csv())
     store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{frame.to_markdown(floatfmt='.3f')}\n")
     latex = frame.to_latex(float_format="%.3f", caption=title, label=f"tab:{name}", escape=True)
@@ -83,7 +83,7 @@ def save_table(profile, name, frame, title, notebook):
 
 def save_figure(profile, name, figure, frame, title, notebook):
     """Write a figure as PNG and PDF and the numbers it shows as CSV to `figures/<profile>/`."""
-    folder = store.figures_dir(profile.name)
+    folder = _folder(profile)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         temporary = folder / f".{name}.tmp.{kind}"
@@ -94,9 +94,15 @@ def save_figure(profile, name, figure, frame, title, notebook):
     _record(profile, name, title, notebook)
 
 
+def _folder(profile):
+    """`figures/<profile>/`, or `figures/<profile>-custom/` if overrides changed it: they never mix."""
+    plain = profile == Profile.load(profile.name)
+    return store.figures_dir(profile.name if plain else f"{profile.name}-custom")
+
+
 def _record(profile, name, title, notebook):
     """Add to `provenance.json`: what made this table or figure, when, with which parameters and versions."""
-    path = store.figures_dir(profile.name) / "provenance.json"
+    path = _folder(profile) / "provenance.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     command = f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
     known[name] = {"title": title, "notebook": notebook, "command": command, "seeds": profile.seeds}

@@ -66,9 +66,13 @@ AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRew
 def load_reward_model(path):
     """(model, tokenizer) of a reward model in a folder or on the hub, float32, on the GPU if there is one.
 
-    Raises ModelError if its head does not give one number.
+    Raises ModelError if its head does not give one number, or was never trained: its weights are not in the file.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, found = load(path, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"]))
+        raise models.ModelError(f"{path} lacks the weights {missing}: it is not a finished reward model")
     if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, GPTNeoXRewardModel):
         raise models.ModelError(f"{path} has {model.config.num_labels} outputs: a reward model has one")
     tokenizer = models.load_tokenizer(path)

@@ -55,6 +55,8 @@ def stage(profile_name, name, key, produce, module=None):
     produce(folder) writes files into an empty folder, or into the folder an interrupted run left: it may resume.
     Raises StoreError when publication fails; whatever was published before stays.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise StoreError("results are published by one process: run without accelerate launch or torchrun")
     key = {**key, "code": code_digest(module)} if module else key
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile_name) / f"{name}-{short}"

@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -254,3 +255,10 @@ def test_r_train_r_eval_policy_and_test_share_no_prompt(tmp_path, monkeypatch):
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             assert not openings[one] & openings[other], (one, other)
+
+
+def test_a_language_model_is_no_finished_reward_model(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    words_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(models.ModelError, match=r"lacks the weights score\.weight: it is not a finished reward model"):
+        load_reward_model(tmp_path)

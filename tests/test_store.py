@@ -283,3 +283,9 @@ def test_imports_point_down_the_house_list():
         up = [name for name in store.direct_imports(source) if house.index(name) <= house.index(module)]
         assert not up, f"{module} imports {up} from above"
         assert "from ." not in source, f"{module} imports relatively, which store.direct_imports cannot see"
+
+
+def test_several_processes_are_refused_by_name(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(store.StoreError, match="one process"):
+        store.stage("mini", "anything", {}, lambda folder: None)
