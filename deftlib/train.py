@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy, linear
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from deftlib import losses, models, store, subset
 from deftlib.guidance import DistributionGuided, outputs_of
@@ -22,6 +23,11 @@ from deftlib.preferences import read_lists
 from deftlib.profile import Profile
 
 IGNORED = -100
+
+# TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses to the last digit, and
+# SmolLM2 trains at 155 tokens/s instead of 85 (SFT), 119 instead of 74 (DPO). Without this name it is just slower.
+if hasattr(trl_utils, "_use_triton"):
+    trl_utils._use_triton = lambda device: True
 
 # A ranked-list method is one line here: (sums[B, L], counts[B, L], rewards[B, L], the profile's Training) -> loss.
 LIST_LOSSES = {
@@ -232,6 +238,7 @@ def _build_trainer(folder, profile, base, seed, start, model, tokenizer, encoded
         logging_steps=training.log_steps,
         logging_first_step=True,
         bf16=training.bf16,
+        use_cpu=not torch.cuda.is_available(),  # transformers wants to be told before it allows bf16 there
         gradient_checkpointing=training.gradient_checkpointing,
     )
     common = {"model": model, "processing_class": tokenizer, "ratio_steps": training.ratio_steps}
