@@ -16,7 +16,7 @@ NAMES := 00_walkthrough 01_grading 02_distribution 03_training
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-paper: $(NAMES:%=$(OUT)/%.ipynb)
+paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
 	@echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"
 
 # What each notebook runs, directly or not; tests/test_makefile.py holds this against the imports.
@@ -28,7 +28,7 @@ $(OUT)/01_grading.ipynb: $(call modules,$(DATA))
 $(OUT)/02_distribution.ipynb: $(call modules,$(DATA))
 $(OUT)/03_training.ipynb: $(call modules,$(DATA) losses guidance train evaluate)
 
-$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml | $(READY)
+$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/*) | $(READY)
 	@echo "== $* ($(PROFILE))"
 	@$(BIN)/python -m deftlib.run $< --profile $(PROFILE)
 
@@ -52,9 +52,12 @@ clean:
 help:
 	@sed -n '1,5s/^# //p' Makefile
 
+notebooks/profiles/%.yaml:
+	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 12) and f"error: Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 paper")'
 	@echo "setting up $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[lora,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[lora,endpoint,dev]'
 	@touch $@

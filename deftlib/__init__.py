@@ -4,6 +4,7 @@ Read the notebooks first; they call these modules, and imports point down this l
 
     run           execute one notebook headless, publish it atomically
     report        tables and figures -> figures/<profile>/
+    extend        one more reply for every list: D_3 from an endpoint or from the SFT policy
     train         fit(method, ...): TRL's trainers, a ranked-list trainer, the distribution reward
     guidance      DistributionGuided: the mixin that adds the distribution reward to any of them
     losses        Eqs. 5-12 and 18: pure functions of tensors

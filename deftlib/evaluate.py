@@ -58,11 +58,13 @@ def replies(profile, policy, parts, r_eval, seed=0):
     reward is r_eval's raw score; in the mini world true_reward is 0..100 and unknown the share of unknown sentences.
     """
     key = {"policy": models.identity(policy), "r_eval": models.identity(r_eval), "parts": store.digest(parts)}
-    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed}
+    spec, dtype = profile.reward_models.evaluate, profile.policy.dtype
+    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "dtype": dtype}
+    key |= {"text_format": spec.text_format, "max_tokens": spec.max_tokens}
 
     def produce(folder):
         test = read_lists(parts / "test.parquet")
-        model, tokenizer = models.load_policy(policy, profile.policy.dtype), models.load_tokenizer(policy)
+        model, tokenizer = models.load_policy(policy, dtype), models.load_tokenizer(policy)
         said = generate(model, tokenizer, test["prompt"], profile.text, profile.generation, seed)
         rows = [
             {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "sample": k, "reply": reply}
@@ -71,7 +73,6 @@ def replies(profile, policy, parts, r_eval, seed=0):
         ]
         frame = pd.DataFrame(rows)
         judge, judge_tokenizer = rewards.load_reward_model(r_eval)
-        spec = profile.reward_models.evaluate
         frame["reward"] = rewards.score(judge, judge_tokenizer, frame["prompt"], frame["reply"], spec, label="r_eval")
         if profile.data.source == "mini":
             frame["true_reward"] = [mini_world.true_reward(p, r) for p, r in zip(frame["prompt"], frame["reply"])]

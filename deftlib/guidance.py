@@ -10,10 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from deftlib.distribution import folded_reward, reward_direction
+from deftlib.distribution import IGNORED, folded_reward, reward_direction
 from deftlib.models import backbone, output_head
-
-IGNORED = -100
 
 
 class DistributionGuided:
@@ -111,13 +109,14 @@ def best_responses(inputs, eos_token_id):
     of shape [B, L, T], best response first, whose hidden states come flattened to [B * L, T, d].
     Raises ValueError for a batch of another family.
     """
-    if "completion_mask" in inputs:  # DPO: [chosen; rejected]
+    other_family = {"label", "prompt_ids", "KL_input_ids"} & set(inputs)  # KTO, GRPO and RLOO carry a mask too
+    if "completion_mask" in inputs and "input_ids" in inputs and not other_family:  # DPO: [chosen; rejected]
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         rows = slice(0, len(labels) // 2)
         labels = labels[rows]
     elif "labels" in inputs and inputs["labels"].ndim == 3:
         rows, labels = slice(0, None, inputs["labels"].shape[1]), inputs["labels"][:, 0]
-    elif "labels" in inputs:
+    elif "labels" in inputs and not other_family:
         rows, labels = slice(None), inputs["labels"]
     else:
         raise ValueError(f"no response positions in a batch of {sorted(inputs)}: this trainer family is not supported")
@@ -125,12 +124,12 @@ def best_responses(inputs, eos_token_id):
 
 
 @contextmanager
-def outputs_of(module):
-    """Collects what a module returns in every forward pass that runs with gradients: not the reference pass of LoRA."""
+def outputs_of(module, only_with_gradients=True):
+    """Collects what a module returns in every forward pass, or in those with gradients: not LoRA's reference pass."""
     captured = []
 
     def keep(module, args, output):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not only_with_gradients:
             captured.append(output)
 
     handle = module.register_forward_hook(keep)

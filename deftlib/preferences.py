@@ -129,7 +129,8 @@ def _report(source, lists, rejects, notes, rejects_path):
         line += f" ({', '.join(f'{subset} {n}' for subset, n in list(subsets.items())[:8])})"
     line += f"; rejected {len(rejects)}"
     if rejects:
-        line += f": {_counts(rejects)} (rejects: {rejects_path or 'not written, no rejects_path given'})"
+        written = Path(rejects_path).name if rejects_path else "not written, no rejects_path given"
+        line += f": {_counts(rejects)} (rejects: {written})"
     print(line + "".join(f"; {what}: {count}" for what, count in sorted(notes.items())))
 
 

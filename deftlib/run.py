@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import papermill
-import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from deftlib.profile import Profile, ProfileError
@@ -29,21 +29,21 @@ def execute(notebook, profile_name="mini", overrides=None):
     running = target.with_suffix(".running.ipynb")
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            papermill.execute_notebook(
-                notebook,
-                running,
-                parameters={"profile": profile_name, "overrides": overrides},
-                kernel_name="python3",
-                cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
-                progress_bar=False,
-                log_output=True,
-            )
-        except PapermillExecutionError:
-            os.replace(running, target.with_suffix(".failed.ipynb"))
-            raise
-        os.replace(running, target)
-        target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    try:
+        papermill.execute_notebook(
+            notebook,
+            running,
+            parameters={"profile": profile_name, "overrides": overrides},
+            kernel_name="python3",
+            cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
+            progress_bar=False,
+            log_output=True,
+        )
+    except PapermillExecutionError:
+        os.replace(running, target.with_suffix(".failed.ipynb"))
+        raise
+    os.replace(running, target)
+    target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return target
 
 
@@ -58,21 +58,27 @@ def main():
     try:
         if not args.notebook.is_file():
             raise ProfileError(f"no notebook {args.notebook}")
-        overrides = dict(_override(text) for text in args.set)
-        target = execute(args.notebook, args.profile, overrides)
+        target = execute(args.notebook, args.profile, _overrides(args.set))
     except (ProfileError, StoreError) as error:
         raise SystemExit(f"error: {error}") from error
     except PapermillExecutionError as error:
-        failed = build_dir(args.profile) / "notebooks" / f"{args.notebook.stem}.failed.ipynb"
-        raise SystemExit(f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of {failed})") from error
+        raise SystemExit(
+            f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of *.failed.ipynb)"
+        ) from error
+    except DeadKernelError as error:
+        raise SystemExit(
+            "error: the notebook's process died, perhaps for want of memory; results so far stand"
+        ) from error
     print(f"{target.relative_to(ROOT)} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _override(text):
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ProfileError(f"--set wants KEY=VALUE, found {text!r}")
-    return key, yaml.safe_load(value)
+def _overrides(texts):
+    """The `--set` options as a dict; a file named there is meant from here, not from the notebook's folder."""
+    overrides = dict(Profile.override(text) for text in texts)
+    source = overrides.get("data.source")
+    if source and Path(source).exists():
+        overrides["data.source"] = str(Path(source).resolve())
+    return overrides
 
 
 def _show_cell_output():

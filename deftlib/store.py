@@ -33,6 +33,7 @@ REFUSALS = {
     errno.EROFS: "the file system is read-only",
 }
 TORCH_SAVE_CUT_SHORT = ("PytorchStreamWriter", "] . unexpected pos ")  # it keeps the system's words to itself
+USED = {}  # {profile: {name: folder}} of every stage this process asked for: what its tables and figures rest on
 PACKAGES = ["torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", "pandas"]
 
 
@@ -60,6 +61,7 @@ def stage(profile_name, name, key, produce, module=None):
     key = {**key, "code": code_digest(module)} if module else key
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile_name) / f"{name}-{short}"
+    USED.setdefault(profile_name, {})[str(final.relative_to(build_dir(profile_name)))] = final
     if (final / MANIFEST).is_file():
         read_manifest(final)  # a result that was cut or lost a file is refused, not reused
         return final
@@ -148,9 +150,9 @@ def digest(path):
 
 
 def timings(profile_name):
-    """[(stage name, seconds)] of every published result of the profile, in order of creation."""
-    manifests = [json.loads(p.read_text()) for p in build_dir(profile_name).rglob(MANIFEST)]
-    return [(m["name"], m["seconds"]) for m in sorted(manifests, key=lambda m: m["created"])]
+    """[(stage name, seconds)] of every result this process rests on, in the order it asked for them."""
+    manifests = [read_manifest(folder) for folder in USED.get(profile_name, {}).values()]
+    return [(manifest["name"], manifest["seconds"]) for manifest in manifests]
 
 
 def provenance():

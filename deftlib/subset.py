@@ -40,9 +40,11 @@ class Graded(NamedTuple):
 
 
 def parts(profile):
-    """Folder of `policy, reward_train, reward_eval, dev, test, pool` as Parquet, disjoint by first human turn.
+    """Folder of `policy, reward_train, reward_eval, dev, test, pool` as Parquet.
 
-    `pool` is the whole policy part; `policy` the lists of it that are trained on. Row faults are in `rejects.jsonl`.
+    What is dealt from one file is disjoint by first human turn; a test file of its own is taken as it is. `pool` is the
+    policy part (all of it, unless `data.count_lists` says less), `policy` the lists of it that are trained on. Row
+    faults are in `rejects.jsonl`.
     """
     data = profile.data
     source = preferences.locate(data.source)
@@ -151,8 +153,9 @@ def _grade_by_reward(profile, source, start, folder):
         sides(grade, row["rewards"]) if agrees(row) else extreme_sides(len(row["responses"]))
         for grade, row in zip(level, lists)
     ]
-    counts = count_lists(lists, list_sides, models.load_tokenizer(start), vocabulary_size(start), profile.text)
-    _publish(folder, lists.add_column("level", level.tolist()), counts, models.load_tokenizer(start), profile, "reward")
+    tokenizer = models.load_tokenizer(start)
+    counts = count_lists(lists, list_sides, tokenizer, vocabulary_size(start), profile.text)
+    _publish(folder, lists.add_column("level", level.tolist()), counts, tokenizer, profile, "reward")
 
 
 def _grade_by_distribution(profile, source, counted_folder, hidden, folder):

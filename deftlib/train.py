@@ -17,12 +17,11 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from deftlib import losses, models, store, subset
+from deftlib.distribution import IGNORED
 from deftlib.guidance import DistributionGuided, outputs_of
 from deftlib.loop import Progress, arguments, fit_or_resume
 from deftlib.preferences import read_lists
 from deftlib.profile import Profile
-
-IGNORED = -100
 
 # TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses to the last digit, and
 # SmolLM2 trains at 155 tokens/s instead of 85 (SFT), 119 instead of 74 (DPO). Without this name it is just slower.
@@ -91,15 +90,13 @@ def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
 
     Selecting positions before the head needed the least memory of all ways tried (design section 8).
     """
-    hidden = []
-    handle = models.backbone(unwrapped).register_forward_hook(lambda m, args, out: hidden.append(out.last_hidden_state))
-    try:  # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
+    with outputs_of(models.backbone(unwrapped), only_with_gradients=False) as captured:
+        # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
+    hidden = captured[0].last_hidden_state
     weight, bias, scale = models.output_head(unwrapped)
     is_response = labels[:, 1:] != IGNORED
-    logits = scale * linear(hidden[0][:, :-1][is_response], weight, bias)
+    logits = scale * linear(hidden[:, :-1][is_response], weight, bias)
     log_probs = -cross_entropy(logits.float(), labels[:, 1:][is_response], reduction="none")
     row = is_response.nonzero()[:, 0]
     return log_probs.new_zeros(len(labels)).index_add(0, row, log_probs), is_response.sum(1)
@@ -183,7 +180,7 @@ def fit(profile, method, seed=0, grading=None, omega=None):
     base, is_deft = method.removeprefix("deft-"), method.startswith("deft-")
     if base not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}, or deft- and one of them")
-    recipe, training = getattr(profile.training, base.split("-")[0]), profile.training
+    recipe, training = getattr(profile.training, base), profile.training
     start = fit(profile, "sft", seed) if base in FROM_SFT else models.start_policy(profile)
     if is_deft:
         graded = subset.graded(profile, grading or training.gradings[0])
@@ -222,7 +219,7 @@ def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
 
 def _build_trainer(folder, profile, base, seed, start, model, tokenizer, encoded, q_diff_path):
     """The trainer class of a method with its data and arguments."""
-    training, recipe = profile.training, getattr(profile.training, base.split("-")[0])
+    training, recipe = profile.training, getattr(profile.training, base)
     kwargs = arguments(
         folder,
         epochs=recipe.epochs,
@@ -272,8 +269,6 @@ def _omega(trainer, weight, q_diff_path, folder):
         return weight.value
     if weight.reading == "counts":
         return weight.value * sum(int(counts.sum()) for counts in subset.load_counts(q_diff_path)) / 2
-    if weight.reading != "ratio":
-        raise ValueError(f'omega.reading must be "published", "counts" or "ratio", found {weight.reading!r}')
     path = folder / "omega.json"  # an interrupted run resumes with the omega it started with
     if not path.is_file():
         store.write_atomic(path, json.dumps(trainer.calibrate(weight.value, weight.calibration_batches)))
@@ -302,10 +297,12 @@ def main():
     parser.add_argument("--method", required=True, help="sft, rrhf, pro, dpo, or deft- and one of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grading", choices=["reward", "distribution"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.source=x")
     parser.add_argument("--omega", type=float, help="fixed weight instead of the profile's reading; 0: without R_dis")
     args = parser.parse_args()
     try:
-        print(fit(Profile.load(args.profile), args.method, args.seed, args.grading, args.omega))
+        profile = Profile.load(args.profile, dict(Profile.override(text) for text in args.set))
+        print(fit(profile, args.method, args.seed, args.grading, args.omega))
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
 

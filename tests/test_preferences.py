@@ -320,7 +320,7 @@ def test_one_line_counts_the_rejects_by_reason(tmp_path, capsys):
     read(path, max_reject_share=0.3, rejects_path=rejects)
     assert (
         capsys.readouterr().out
-        == f"read 7 lists from {path}; rejected 3: 2 empty reply, 1 differing prompts (rejects: {rejects})\n"
+        == f"read 7 lists from {path}; rejected 3: 2 empty reply, 1 differing prompts (rejects: {rejects.name})\n"
     )
 
 

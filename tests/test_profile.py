@@ -35,7 +35,7 @@ def test_the_paper_profile_has_the_hyperparameters_of_appendix_a1():
     assert (training.pro.epochs, training.dpo.epochs) == (2, 1)
     assert (training.pro.learning_rate, training.dpo.learning_rate) == (5e-6, 5e-7)
     assert (training.pro_sft_weight, training.dpo_sft_weight) == (0.05, 0.05)
-    assert (training.gradient_accumulation, training.batch_size) == (1, 1)
+    assert (training.gradient_accumulation, training.batch_size) == (8, 1)  # one process for their eight
     assert (training.pro.omega.value, training.dpo.omega.value) == (2.5e-5, 2.5e-6)
     assert training.pro.omega.reading == training.dpo.omega.reading == "published"
     assert training.beta == 0.1

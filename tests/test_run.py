@@ -53,7 +53,7 @@ def test_an_unknown_profile_key_is_refused_before_anything_runs(notebook, tmp_pa
     [
         (["notebooks/00_walkthrough.ipynb", "--profile", "minni"], "did you mean 'mini'?"),
         (["notebooks/00_walkthrough.ipynb", "--set", "grading.topp=3"], "did you mean 'top'?"),
-        (["notebooks/00_walkthrough.ipynb", "--set", "grading.top"], "--set wants KEY=VALUE"),
+        (["notebooks/00_walkthrough.ipynb", "--set", "grading.top"], "an override is KEY=VALUE"),
         (["notebooks/09_nothing.ipynb"], "no notebook"),
     ],
 )
