@@ -247,9 +247,11 @@ def main(arguments=None):
     parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1")
     parser.add_argument("--model", metavar="NAME", help="a model there; without both, the SFT policy is sampled")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.source=x")
     args = parser.parse_args(arguments)
     try:
-        print(longer_lists(Profile.load(args.profile), args.endpoint, args.model, args.seed))
+        profile = Profile.load(args.profile, dict(Profile.override(text) for text in args.set))
+        print(longer_lists(profile, args.endpoint, args.model, args.seed))
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

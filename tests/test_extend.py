@@ -291,6 +291,12 @@ def test_an_endpoint_is_asked_once_a_list_with_the_dialogue_as_messages(profile,
     assert f"written by the model `org/chat` at {server.url}, sampled at temperature 1 with seed 3" in card
 
 
+def test_another_seed_asks_again(profile, serve):
+    server = serve(echo)
+    folders = {extend.longer_lists(profile, server.url, "chat", seed=seed) for seed in (0, 1, 0)}
+    assert len(folders) == 2 and len(server.bodies) == 2 * len(scored_lists(profile))
+
+
 def test_no_file_holds_the_key_or_the_password_of_the_url(profile, serve, root):
     server = serve(echo)
     extend.longer_lists(profile, server.url.replace("//", "//me:password@"), "chat")
@@ -339,7 +345,7 @@ def test_answers_outlive_a_server_that_dies_midway(profile, serve, capsys):
     alive = serve(echo, dying.port)
     folder = extend.longer_lists(profile, alive.url, "chat")
     assert "11 answers kept from an interrupted run" in capsys.readouterr().out
-    assert len(alive.bodies) == n_lists - 11
+    assert len(alive.bodies) == n_lists - 11 and len(lines(folder / "answers.jsonl")) == n_lists
     rows = lines(folder / "lists.jsonl")
     assert len(rows) == n_lists
     assert all(f" so: Question {number(row['prompt'])}?" in row["responses"] for row in rows)
@@ -394,8 +400,10 @@ def test_without_the_openai_package_the_error_names_the_extra(profile, monkeypat
 
 def test_the_command_prints_the_folder_or_one_line_of_error(profile, sft_says, monkeypatch, capsys):
     sft_says(lambda prompt: "new")
-    monkeypatch.setattr(Profile, "load", lambda name: profile)
-    extend.main(["--profile", "mini", "--seed", "2"])
+    loaded = []
+    monkeypatch.setattr(Profile, "load", lambda *given: loaded.append(given) or profile)
+    extend.main(["--profile", "mini", "--seed", "2", "--set", "data.train_lists=4"])
+    assert loaded == [("mini", {"data.train_lists": 4})]
     assert capsys.readouterr().out.splitlines()[-1] == str(extend.longer_lists(profile, seed=2))
     with pytest.raises(
         SystemExit, match=r"^error: an endpoint and a model go together \(--endpoint URL --model NAME\)"
