@@ -24,9 +24,11 @@ Read the notebooks first; they call these modules, and imports point down this l
 """
 
 import os
+import warnings
 
 # Set before any library reads them: nothing is reported to anyone, and forked workers do not deadlock the tokenizer.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", message="IProgress not found")  # no bars are shown; plain lines tell the progress
 
 __version__ = "0.1.0"

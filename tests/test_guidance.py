@@ -215,12 +215,12 @@ def test_soft_capped_heads_are_refused_by_name(make_trainer, make_lists):
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
 def test_batches_without_one_response_per_row_are_refused(option, make_trainer, make_model, make_lists):
-    with pytest.raises(ValueError, match="packing and padding_free are not supported"):
+    with pytest.raises(ValueError, match="packing and padding_free are refused"):
         make_trainer("sft", make_model(attn_implementation="eager"), make_lists(), max_steps=1, **{option: True})
 
 
 def test_q_diff_of_another_vocabulary_is_refused(make_trainer, make_model, make_lists):
-    with pytest.raises(ValueError, match="q_diff has 40 entries, the output head 41 rows"):
+    with pytest.raises(ValueError, match="q_diff has 40 entries, the head 41 rows"):
         make_trainer("sft", make_model(vocab_size=41), make_lists())
 
 

@@ -229,13 +229,15 @@ def test_the_digest_of_a_folder_is_that_of_its_content():
     assert store.digest(same) == store.digest(alike) != store.digest(other)
 
 
-def test_timings_list_every_published_result_in_order_of_creation(root):
-    for number in (1, 2):
+def test_timings_list_what_this_process_asked_for_and_nothing_that_merely_lies_there(root, monkeypatch):
+    for number in (1, 2, 3):
         folder = store.stage("p", f"step {number}", {}, producing("x"))
         manifest = json.loads((folder / store.MANIFEST).read_text())
-        manifest |= {"seconds": number, "created": f"2026-01-0{3 - number}"}  # the second is older
-        (folder / store.MANIFEST).write_text(json.dumps(manifest))
-    assert store.timings("p") == [("step 2", 2), ("step 1", 1)]
+        (folder / store.MANIFEST).write_text(json.dumps({**manifest, "seconds": number}))
+    monkeypatch.setattr(store, "USED", {})  # another process
+    for number in (3, 1, 3):
+        store.stage("p", f"step {number}", {}, producing("x"))
+    assert store.timings("p") == [("step 3", 3), ("step 1", 1)]
 
 
 # ---- code ----------------------------------------------------------------------------------------------------------

@@ -287,8 +287,6 @@ def test_omega_as_given_as_printed_and_times_the_counts(counted, tmp_path):
     assert train._omega(None, 0.25, counted, tmp_path) == 0.25
     assert train._omega(None, Omega("published", 2.5e-5), counted, tmp_path) == 2.5e-5
     assert train._omega(None, Omega("counts", 2.5e-5), counted, tmp_path) == pytest.approx(2.5e-5 * 400)
-    with pytest.raises(ValueError, match='"published", "counts" or "ratio", found \'printed\''):
-        train._omega(None, Omega("printed", 1.0), counted, tmp_path)
 
 
 def test_omega_by_ratio_is_calibrated_once_and_remembered(counted, tmp_path):
