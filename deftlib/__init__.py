@@ -13,7 +13,8 @@ Read the notebooks first; they call these modules, and imports point down this l
     distribution  counts, q_diff, R_dis, direction: pure
     grading       levels, sides: pure
     rewards       reward models: load, train, score
-    metrics       BLEU, bootstrap
+    metrics       text scores: BLEU and the like
+    intervals     means with 95 % intervals: bootstrap, paired, shares
     loop          what all trainings share: arguments, progress lines, checkpoints to resume from
     models        policies and tokenizers: load, including the embedded defaults
     preferences   ranked lists: read, check, reject, split

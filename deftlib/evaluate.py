@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from deftlib import mini_world, models, rewards, store
+from deftlib.intervals import bootstrap_interval, paired_bootstrap
 from deftlib.loop import with_progress
-from deftlib.metrics import bootstrap_interval, paired_bootstrap
 from deftlib.preferences import read_lists
 
 NEXT_TURN = re.compile(r"\s*(human|assistant):", re.IGNORECASE)

@@ -23,8 +23,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedMode
 from trl import RewardConfig, RewardTrainer
 
 from deftlib import models, store
+from deftlib.intervals import Interval, wilson_interval
 from deftlib.loop import Progress, arguments, fit_or_resume, with_progress
-from deftlib.metrics import Interval, wilson_interval
 from deftlib.preferences import read_lists
 
 

@@ -169,13 +169,14 @@ def _as_pair(row):
 # ---- fit ---------------------------------------------------------------------------------------------------------
 
 
-def fit(profile, method, seed=0, grading=None, omega=None):
+def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
     """Train one policy and return its published folder.
 
     method: one of METHODS, or `deft-` and one of them. A plain method learns from all lists of the policy part, a
-    `deft-` method from level A of `grading` (the profile's first, if None) under that grading's q_diff. omega
-    overrides the profile's reading with a fixed weight: 0 is level A without the reward. A plain method logs R_dis
-    under the q_diff of all lists but never optimises it. Raises ValueError for an unknown method.
+    `deft-` method from level A of `grading` (the profile's first, if None) under that grading's q_diff. A plain method
+    logs R_dis under the q_diff of all lists but never optimises it. omega overrides the profile's reading: a fixed
+    weight (0 is level A without the reward) or an `Omega`. lists: a Parquet file of ranked lists in a published folder,
+    trained on instead of the method's own. Raises ValueError for an unknown method.
     """
     base, is_deft = method.removeprefix("deft-"), method.startswith("deft-")
     if base not in METHODS:
@@ -184,19 +185,22 @@ def fit(profile, method, seed=0, grading=None, omega=None):
     start = fit(profile, "sft", seed) if base in FROM_SFT else models.start_policy(profile)
     if is_deft:
         graded = subset.graded(profile, grading or training.gradings[0])
-        lists, q_diff_path = graded.folder / "level_a.parquet", graded.folder / "q_diff.npz"
+        own_lists, q_diff_path = graded.folder / "level_a.parquet", graded.folder / "q_diff.npz"
     else:
-        lists, q_diff_path = subset.scored(profile) / "lists.parquet", subset.counted(profile) / "q_diff.npz"
+        own_lists, q_diff_path = subset.scored(profile) / "lists.parquet", subset.counted(profile) / "q_diff.npz"
+    chosen = own_lists if lists is None else lists
     weight = omega if omega is not None else (recipe.omega if is_deft else 0.0)
     key = {"method": method, "seed": seed, "start": models.identity(start), "text": vars(profile.text)}
     key |= {"dtype": profile.policy.dtype}
-    key |= {"lists": store.digest(lists), "q_diff": store.digest(q_diff_path), "omega": _plain(weight)}
+    key |= {"lists": store.digest(chosen), "q_diff": store.digest(q_diff_path), "omega": _plain(weight)}
     key |= {"recipe": [recipe.epochs, recipe.learning_rate], "training": _shared_settings(training)}
 
     def produce(folder):
-        _train(folder, profile, method, seed, start, read_lists(lists), q_diff_path, weight)
+        _train(folder, profile, method, seed, start, read_lists(chosen), q_diff_path, weight)
 
-    suffix = "" if omega is None else f"-omega{omega:g}"
+    suffix = "" if lists is None else "-" + lists.parent.name.rpartition("-")[0]
+    if omega is not None:
+        suffix += f"-{omega.reading}{omega.value:g}" if hasattr(omega, "reading") else f"-omega{omega:g}"
     suffix += f"-{grading}" if is_deft and grading not in (None, training.gradings[0]) else ""
     return store.stage(profile.name, f"policies/{method}{suffix}-seed{seed}", key, produce, "train")
 
