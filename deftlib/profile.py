@@ -136,6 +136,50 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    url: str = ""  # of an OpenAI-compatible server, ".../v1"; empty: none. Its key is read from OPENAI_API_KEY
+    model: str = ""
+    token_budget: int = 0  # prompt and answer tokens, as the server counts them, that one run may spend; 0 = no limit
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    name: str  # of its row in Table 2
+    source: str = ""  # path or hub id, loaded in process, or
+    endpoint: Endpoint = field(default_factory=Endpoint)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    zero_shot: list[ZeroShot] = field(default_factory=list)  # rows beside the start policy
+    bart: str = ""  # BARTScore's model, facebook/bart-large-cnn; empty: the start policy's log-likelihood, named so
+    refiner: Endpoint = field(default_factory=Endpoint)  # rewrites the references, anonymous Fig. 2
+    human_prompts: int = 125  # per subset, sec. 4.3
+
+
+@dataclass(frozen=True)
+class MTBench:
+    questions: int = 80  # equally over the eight categories
+    methods: list[str] = field(default_factory=list)  # beside the start policy; sec. 4.3: sft, pro, dpo and DEFT's two
+    prompt_tokens: int = 1536  # of the conversation so far, cut on the left
+    max_new_tokens: int = 1024  # FastChat's limit
+    judge: Endpoint = field(default_factory=Endpoint)
+    judgments: int = 1  # of each answer; more give a median with its interval
+
+
+@dataclass(frozen=True)
+class Ablation:
+    methods: list[str] = field(default_factory=lambda: ["deft-pro", "deft-dpo"])  # Table 3
+    seeds: list[int] = field(default_factory=lambda: [0])
+    sweeps: bool = False  # beyond the paper's own two ablations and random lists
+    sweep_method: str = "deft-dpo"
+    ratios: list[float] = field(default_factory=list)  # wanted |omega grad R_dis| / |grad L_m|
+    tops: list[float] = field(default_factory=list)  # a: level A in per cent, which is also the data volume
+    bottoms: list[float] = field(default_factory=list)  # c: level C in per cent
+    lengths: list[int] = field(default_factory=list)  # l: responses a list
+
+
+@dataclass(frozen=True)
 class Profile:
     name: str
     about: str
@@ -147,6 +191,9 @@ class Profile:
     grading: Grading
     training: Training
     generation: Generation
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    mt_bench: MTBench = field(default_factory=MTBench)
+    ablation: Ablation = field(default_factory=Ablation)
 
     @staticmethod
     def override(text):

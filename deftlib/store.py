@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -124,6 +125,49 @@ def write_atomic(path, data):
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+class Kept:
+    """Expensive answers, kept one JSON object a line as they come, and found again by the content that was asked.
+
+        kept = Kept(build_dir("mini") / "kept" / "judge.jsonl")
+        if question not in kept:
+            kept.add(question, {"answer": ask(question)})
+        kept[question]["answer"]
+
+    A question is anything JSON can hold. A last line that a kill cut short is dropped; several threads may add.
+    """
+
+    def __init__(self, path):
+        self.path, self._lock = Path(path), threading.Lock()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            write_atomic(self.path, "".join(whole))
+        self._entries = {entry["key"]: entry for entry in map(json.loads, whole)}
+
+    def __len__(self):
+        return len(self._entries)
+
+    def __contains__(self, question):
+        return content_key(question) in self._entries
+
+    def __getitem__(self, question):
+        return self._entries[content_key(question)]
+
+    def add(self, question, entry):
+        """Append `entry` (a dict) under `question` and flush it to the disk's cache."""
+        entry = {"key": content_key(question), **entry}
+        with self._lock, explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            self._entries[entry["key"]] = entry
+
+
+def content_key(question):
+    """20 hex digits over anything JSON can hold: equal content, equal key."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def read_manifest(folder):
