@@ -1,6 +1,7 @@
 # make paper              every table and figure of the mini profile, in minutes on a laptop
 # make paper PROFILE=smol the same with a real model and HH-RLHF (an hour); gpu, paper: see the README
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
+# make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
 # make clean              remove results, keep .venv and downloads
 
@@ -10,9 +11,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
-NAMES := 00_walkthrough 01_grading 02_distribution 03_training
+NAMES := 00_walkthrough 01_grading 02_distribution 03_training 04_evaluation 05_mt_bench 06_ablation human_rating
 
-.PHONY: paper test lab notebooks data clean help
+.PHONY: paper test report lab notebooks data clean help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -26,7 +27,12 @@ DATA := profile store report preferences sources mini_world loop models interval
 $(OUT)/00_walkthrough.ipynb: $(call modules,profile store report $(PURE))
 $(OUT)/01_grading.ipynb: $(call modules,$(DATA))
 $(OUT)/02_distribution.ipynb: $(call modules,$(DATA))
-$(OUT)/03_training.ipynb: $(call modules,$(DATA) losses guidance train evaluate)
+TRAIN := $(DATA) losses guidance train endpoint generation evaluate
+$(OUT)/03_training.ipynb: $(call modules,$(TRAIN))
+$(OUT)/04_evaluation.ipynb: $(call modules,$(TRAIN) refine human_eval)
+$(OUT)/05_mt_bench.ipynb: $(call modules,$(TRAIN) mini_bench mt_bench)
+$(OUT)/06_ablation.ipynb: $(call modules,$(TRAIN) ablation)
+$(OUT)/human_rating.ipynb: $(call modules,$(TRAIN) human_eval)
 
 $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/*) | $(READY)
 	@echo "== $* ($(PROFILE))"
@@ -35,6 +41,9 @@ $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard 
 test: $(READY)
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env $(NAMES:%=notebooks/%.ipynb)
+
+report: paper
+	@$(BIN)/python -m deftlib.site --profile $(PROFILE)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -50,7 +59,7 @@ clean:
 	rm -rf build figures/mini
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1

@@ -3,17 +3,25 @@
 Read the notebooks first; they call these modules, and imports point down this list only:
 
     run           execute one notebook headless, publish it atomically
-    report        tables and figures -> figures/<profile>/
+    site          executed notebooks, tables and figures as static pages
+    report        tables, figures and verdicts -> figures/<profile>/
+    human_eval    blind pairs, a rating page, win rates and agreement
+    mt_bench      questions, judge, scores
+    mini_bench    MT-Bench's format in the mini world, with a judge by rule
+    ablation      the runs behind Table 3 and the sweeps
+    refine        reference answers rewritten by a stronger model
     extend        one more reply for every list: D_3 from an endpoint or from the SFT policy
     train         fit(method, ...): TRL's trainers, a ranked-list trainer, the distribution reward
     guidance      DistributionGuided: the mixin that adds the distribution reward to any of them
     losses        Eqs. 5-12 and 18: pure functions of tensors
     subset        from preference lists to the graded subset and q_diff, published as Parquet
-    evaluate      generate replies, score them
+    evaluate      score the replies of a policy, compare policies
+    generation    what a policy says to a prompt, in process or behind an endpoint
+    metrics       text scores: BLEU, BARTScore, distinct-n
+    endpoint      ask any OpenAI-compatible server; answers kept as they come
     distribution  counts, q_diff, R_dis, direction: pure
     grading       levels, sides: pure
     rewards       reward models: load, train, score
-    metrics       text scores: BLEU and the like
     intervals     means with 95 % intervals: bootstrap, paired, shares
     loop          what all trainings share: arguments, progress lines, checkpoints to resume from
     models        policies and tokenizers: load, including the embedded defaults

@@ -1,87 +1,93 @@
-"""What a policy says to the test prompts, and how good it is: `replies(profile, policy, seed)`.
+"""How good a policy's replies to the test prompts are: `replies(profile, policy, parts, r_eval, seed)`.
 
-Replies are generated once per (policy, prompts, settings) and published as Parquet with their scores: r_eval's raw
-reward and, in the mini world, the true reward. Notebooks average them.
+Each (policy, prompts, settings) is a published Parquet file of replies with their scores: r_eval's raw reward, BLEU and
+likelihood against the reference, length and, in the mini world, the true reward. Notebooks average them.
 """
 
-import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from deftlib import mini_world, models, rewards, store
+from deftlib import generation, metrics, mini_world, models, rewards, store
 from deftlib.intervals import bootstrap_interval, paired_bootstrap
-from deftlib.loop import with_progress
 from deftlib.preferences import read_lists
-
-NEXT_TURN = re.compile(r"\s*(human|assistant):", re.IGNORECASE)
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, text, generation, seed=0, label="generating"):
-    """`generation.samples` replies to each prompt, [[reply, ...], ...]: greedy at temperature 0, else seeded sampling.
-
-    Prompts of like length share a left-padded batch. A reply ends at EOS, at the next "Human:" or "Assistant:" in
-    either case, or after `generation.max_new_tokens`.
-    """
-    ids = [models.encode_prompt(tokenizer, prompt, text) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    size = max(1, generation.batch_size // generation.samples)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    settings = {"max_new_tokens": generation.max_new_tokens, "num_return_sequences": generation.samples}
-    settings |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    settings |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if generation.temperature > 0:
-        settings |= {"do_sample": True, "temperature": generation.temperature, "top_k": 0, "top_p": 1.0}
-    replies = [[] for _ in prompts]
-    torch.manual_seed(seed)
-    for batch in with_progress(batches, label, total=len(prompts)):
-        inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        output = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
-        for k, i in enumerate(batch):
-            replies[i] = [first_turn(said) for said in decoded[k * generation.samples : (k + 1) * generation.samples]]
-    return replies
-
-
-def first_turn(generated):
-    """The reply before the model starts to play the next turn."""
-    return NEXT_TURN.split(generated, maxsplit=1)[0].rstrip()
 
 
 def replies(profile, policy, parts, r_eval, seed=0):
-    """The policy's replies to the test part: id, subset, prompt, sample, reply, reward[, true_reward, unknown].
+    """The policy's replies to the test part: id, subset, prompt, reference, sample, reply and their scores.
 
-    policy: folder or hub id. parts, r_eval: folders of `subset.parts` and `rewards.reward_model(…, "evaluate")`.
-    reward is r_eval's raw score; in the mini world true_reward is 0..100 and unknown the share of unknown sentences.
+    policy: folder, hub id or `Endpoint`. parts, r_eval: folders of `subset.parts` and `rewards.reward_model(…,
+    "evaluate")`. reference is y_1. reward is r_eval's raw score; bleu `100 * character_bleu`; words the length;
+    likelihood what `likelihood_name` says; in the mini world true_reward is 0..100 and unknown the share of unknown
+    sentences.
     """
-    key = {"policy": models.identity(policy), "r_eval": models.identity(r_eval), "parts": store.digest(parts)}
-    spec, dtype = profile.reward_models.evaluate, profile.policy.dtype
-    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "dtype": dtype}
-    key |= {"text_format": spec.text_format, "max_tokens": spec.max_tokens}
+    spec, start = profile.reward_models.evaluate, models.start_policy(profile)
+    scorer = profile.evaluation.bart or models.identity(start)
+    key = {"policy": _identity(policy), "r_eval": models.identity(r_eval), "parts": store.digest(parts)}
+    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "scorer": scorer}
+    key |= {"dtype": profile.policy.dtype, "text_format": spec.text_format, "max_tokens": spec.max_tokens}
 
     def produce(folder):
         test = read_lists(parts / "test.parquet")
-        model, tokenizer = models.load_policy(policy, dtype), models.load_tokenizer(policy)
-        said = generate(model, tokenizer, test["prompt"], profile.text, profile.generation, seed)
+        said = generation.replies(profile, policy, test["prompt"], seed)
         rows = [
-            {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "sample": k, "reply": reply}
+            {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "reference": row["responses"][0]}
+            | {"sample": k, "reply": reply}
             for row, samples in zip(test, said)
             for k, reply in enumerate(samples)
         ]
         frame = pd.DataFrame(rows)
+        prompts, answers, references = frame["prompt"], frame["reply"], frame["reference"]
         judge, judge_tokenizer = rewards.load_reward_model(r_eval)
-        frame["reward"] = rewards.score(judge, judge_tokenizer, frame["prompt"], frame["reply"], spec, label="r_eval")
+        frame["reward"] = rewards.score(judge, judge_tokenizer, prompts, answers, spec, label="r_eval")
+        frame["words"] = [len(reply.split()) for reply in answers]
+        frame["bleu"] = [100 * metrics.character_bleu(reply, best) for reply, best in zip(answers, references)]
+        if profile.evaluation.bart:
+            bart = metrics.load_bart(profile.evaluation.bart)
+            frame["likelihood"] = metrics.bart_score(*bart, list(references), list(answers))
+        else:
+            scorers = models.load_policy(start, profile.policy.dtype), models.load_tokenizer(start)
+            frame["likelihood"] = metrics.start_log_likelihood(*scorers, list(prompts), list(answers), profile.text)
         if profile.data.source == "mini":
-            frame["true_reward"] = [mini_world.true_reward(p, r) for p, r in zip(frame["prompt"], frame["reply"])]
-            frame["unknown"] = [mini_world.unknown_sentences(r) for r in frame["reply"]]
+            frame["true_reward"] = [mini_world.true_reward(p, r) for p, r in zip(prompts, answers)]
+            frame["unknown"] = [mini_world.unknown_sentences(r) for r in answers]
         frame.to_parquet(folder / "replies.parquet")
 
-    name = str(policy).rstrip("/").split("/")[-1].rsplit("-", 1)[0]
-    folder = store.stage(profile.name, f"replies/{name}-seed{seed}", key, produce, "evaluate")
-    return pd.read_parquet(folder / "replies.parquet")
+    name = f"replies/{generation.name_of(policy)}" + ("" if f"seed{seed}" in str(policy) else f"-seed{seed}")
+    return pd.read_parquet(store.stage(profile.name, name, key, produce, "evaluate") / "replies.parquet")
+
+
+def likelihood_name(profile):
+    """What the column `likelihood` is: BARTScore where a BART is named, else a stand-in under its own name."""
+    return "BARTScore" if profile.evaluation.bart else "start log-likelihood"
+
+
+def headline(profile):
+    """(name, score) of the measure that results are judged by: the mini world's true reward, else r_eval's reward.
+
+    score is a column or a function of a `replies` DataFrame, as `by_prompt` takes it.
+    """
+    if profile.data.source == "mini":
+        return "true reward", "true_reward"
+    return "r_eval, 100 · sigmoid", lambda frame: sigmoid_reward(frame["reward"])
+
+
+def _identity(policy):
+    return models.identity(policy) if isinstance(policy, str | Path) else vars(policy)
+
+
+def by_subset(frames, scores):
+    """One row of Table 2: mean of each score per subset and over all prompts, {(subset, score): float}.
+
+    frames: one `replies` DataFrame per seed. scores: {name: column or function}. "total" is the mean over all prompts,
+    which is the sample-weighted mean of the subsets (decision 9).
+    """
+    frame = pd.concat(frames)
+    values = pd.DataFrame({name: score(frame) if callable(score) else frame[score] for name, score in scores.items()})
+    means = values.groupby(frame["subset"]).mean()
+    means.loc["total"] = values.mean()
+    return means.stack().to_dict()
 
 
 def sigmoid_reward(raw):

@@ -1,11 +1,34 @@
-"""Text scores: how close a reply is to a reference, and how it is written.
+"""Text scores: how close a reply is to a reference, how likely a model finds it, and how varied a set of replies is.
 
-score = 100 * np.mean([character_bleu(h, r) for h, r in zip(hypotheses, references)])
+    score = 100 * np.mean([character_bleu(h, r) for h, r in zip(hypotheses, references)])
+    sacre_bleu(hypotheses, references)                       # Interval(mean, low, high, n), word level
+    bart_score(*load_bart("facebook/bart-large-cnn"), references, replies)
+
+The paper reports BLEU (anonymous version) and BARTScore beside it (final version). Scores of single replies come in the
+order given, so that two policies can be compared prompt by prompt.
 """
 
+import json
+import math
 import sys
 
+import torch
 from nltk.translate.bleu_score import sentence_bleu
+from nltk.util import ngrams
+from sacrebleu.metrics import BLEU
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSeq2SeqLM
+
+from deftlib import models
+from deftlib.intervals import Interval
+from deftlib.loop import with_progress
+
+IGNORED = -100  # labels that `cross_entropy` leaves out
+AUTHORS_LIMIT = 1024  # tokens a side in BARTScore's own code; for models that state no limit
+
+
+# ---- against a reference -----------------------------------------------------------------------------------------
 
 
 def character_bleu(hypothesis, reference):
@@ -20,3 +43,132 @@ def character_bleu(hypothesis, reference):
 def _unsmoothed(precisions, **_):
     """nltk's own default, `SmoothingFunction().method0`, without the warning it prints for every short text."""
     return [precision if precision.numerator else sys.float_info.min for precision in precisions]
+
+
+def sacre_bleu(hypotheses, references):
+    """sacreBLEU, 0 to 100: BLEU of the whole corpus on words (its 13a tokens), with sacreBLEU's own bootstrap interval.
+
+    hypotheses, references: lists of N >= 1 str. Returns Interval(mean = the corpus score, low, high, n = N).
+    The interval is the mean of 1000 resampled corpora, give or take half their 95 % range: its middle is not quite the
+    score. There is no score of one reply (our choice): short replies rarely share four words in a row, and smoothing
+    would decide; where two policies are compared prompt by prompt, `character_bleu` is.
+    Raises ValueError if the lengths differ or there is nothing to score.
+    """
+    if len(hypotheses) != len(references) or not hypotheses:  # sacreBLEU would cut the longer list in silence
+        raise ValueError(f"expected as many references as replies, and some: {len(references)}, {len(hypotheses)}")
+    bleu = BLEU(force=True)  # "force" only keeps it from warning about texts that end in " ."
+    score = bleu.corpus_score(hypotheses, [references], n_bootstrap=1000)
+    said = json.loads(score.format(width=12, is_json=True, signature=bleu.get_signature().format()))
+    middle, half = said.get("confidence_mean", 0.0), said.get("confidence_var", 0.0)  # none where all scores are 0
+    return Interval(score.score, middle - half, middle + half, len(hypotheses))
+
+
+def load_bart(path):
+    """(model, tokenizer) of a BART, or any other seq2seq model, from a folder or hub id, on the GPU if there is one."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32)
+    return model.to(models.device()).eval(), models.load_tokenizer(path)
+
+
+@torch.no_grad()
+def bart_score(model, tokenizer, references, replies, direction="precision", token_budget=4096):
+    """BARTScore (Yuan et al., 2021) of each reply: mean log-likelihood of the target's tokens given the source, <= 0.
+
+    direction: "precision" scores the reply given its reference, "recall" the reference given the reply. The paper does
+    not say which; precision is our choice, since there the text that is scored is the policy's own. As in the authors'
+    code every token of the target counts, `<s>` and `</s>` too, so an empty reply has a score; longer texts are cut at
+    the model's limit. Texts are stripped. About `token_budget` padded tokens share a batch; scores do not depend on it.
+    Raises ValueError for another direction, or if the two lists differ in length.
+    """
+    if direction not in ("precision", "recall"):
+        raise ValueError(f'direction is "precision" or "recall", found {direction!r}')
+    sources, targets = (references, replies) if direction == "precision" else (replies, references)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", AUTHORS_LIMIT))
+    cut = lambda said: tokenizer(said.strip(), truncation=True, max_length=limit)["input_ids"]
+    encoded = [(cut(source), cut(target)) for source, target in zip(sources, targets, strict=True)]
+
+    def log_likelihoods(pairs):
+        ids, mask = _padded([source for source, _ in pairs], model)
+        labels = _labels([target for _, target in pairs], model)
+        return _label_means(model(input_ids=ids, attention_mask=mask, labels=labels).logits, labels)
+
+    return _in_batches(log_likelihoods, encoded, token_budget, "BARTScore")
+
+
+# ---- without a reference -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def start_log_likelihood(model, tokenizer, prompts, replies, text, token_budget=4096):
+    """Mean log-likelihood of each reply's tokens given its prompt, under the start policy: <= 0, nats a token.
+
+    It stands in where no BART can be loaded, and is not BARTScore: it knows no reference, and it likes what the policy
+    would have said anyway. text: the profile's Text. Tokens are those the policy is trained on (`models.encode_reply`):
+    the reply's and its EOS, which alone counts for an empty reply; a reply that was cut has none.
+    Up to `token_budget` padded tokens share a batch; scores do not depend on it.
+    """
+    encoded = [
+        (models.encode_prompt(tokenizer, prompt, text), models.encode_reply(tokenizer, reply, text))
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+
+    def log_likelihoods(pairs):
+        ids, mask = _padded([prompt + reply for prompt, reply in pairs], model)
+        labels = _labels([[IGNORED] * len(prompt) + reply for prompt, reply in pairs], model)
+        return _label_means(model(input_ids=ids, attention_mask=mask).logits[:, :-1], labels[:, 1:])
+
+    return _in_batches(log_likelihoods, encoded, token_budget, "start log-likelihood")
+
+
+def distinct_n(replies, n):
+    """Share of different n-grams of words among all n-grams of a set of replies, 0 to 1 (Li et al., 2016).
+
+    It falls as the set grows, so compare sets of one size only. nan if no reply has n words.
+    """
+    grams = [gram for reply in replies for gram in ngrams(reply.split(), n)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def words(reply):
+    """Length of a reply in words, as blanks part them."""
+    return len(reply.split())
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+
+
+def _in_batches(function, pairs, token_budget, label):
+    """function(some pairs) -> their scores, asked for pairs of like length together; all scores in the order given."""
+    scores = [math.nan] * len(pairs)
+    for batch in with_progress(_like_length([len(a) + len(b) for a, b in pairs], token_budget), label, len(pairs)):
+        for i, score in zip(batch, function([pairs[i] for i in batch])):
+            scores[i] = score
+    return scores
+
+
+def _like_length(lengths, token_budget):
+    """Indices, longest first, in groups of at most `token_budget` padded tokens (or of one long item)."""
+    batch = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _padded(rows, model):
+    """Token ids and attention mask [B, T], padded right whatever the tokenizer would do."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    return ids.to(model.device), mask.to(model.device)
+
+
+def _labels(rows, model):
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORED).to(model.device)
+
+
+def _label_means(logits, labels):
+    """Mean log-likelihood of the labels of each row, a list of B floats. logits[B, T, V], labels[B, T]."""
+    flat = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return (-flat.view_as(labels).sum(1) / (labels != IGNORED).sum(1)).tolist()

@@ -9,12 +9,15 @@ Everything lands in `figures/<profile>/`; `provenance.json` there names notebook
 
 import functools
 import json
+import math
 import os
 import re
+from numbers import Real
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
-from deftlib import store
+from deftlib import claims, store
 from deftlib.profile import Profile
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
@@ -46,6 +49,29 @@ def published():
     return json.loads((store.ROOT / "data" / "published.json").read_text(encoding="utf-8"))
 
 
+def published_table(name):
+    """The rows of "table2_main" or "table3_ablation" as printed: columns (subset, "bleu" | "reward"), total last.
+
+    Indexed by (data, method) and by (method, n_train).
+    """
+    frame = pd.DataFrame(published()["anonymous"][name])
+    frame = frame.set_index([column for column in frame if "/" not in column])
+    frame.columns = pd.MultiIndex.from_tuples(column.split("/") for column in frame)
+    return frame
+
+
+def sample_weighted_total(frame, sizes=None):
+    """Each row's mean over the subsets, weighted by their numbers of prompts (decision 9): {metric} columns.
+
+    frame: columns (subset, metric). sizes: {subset: prompts}; Table 1's test sets unless given.
+    """
+    if sizes is None:
+        sizes = {name: row[2] for name, row in published()["anonymous"]["table1_counts"].items() if "-" in name}
+    weights = pd.Series(sizes) / sum(sizes.values())
+    subsets = frame[list(sizes)]
+    return subsets.mul(weights, axis=1, level=0).T.groupby(level=1, sort=False).sum().T
+
+
 def style():
     """One look for all figures, and byte-identical files from identical data."""
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
@@ -71,14 +97,116 @@ def style():
     )
 
 
-def save_table(profile, name, frame, title, notebook):
-    """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV."""
-    folder = _folder(profile)
-    store.write_atomic(folder / f"{name}.csv", frame.to_csv())
-    store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{frame.to_markdown(floatfmt='.4g')}\n")
-    latex = frame.to_latex(float_format="%.4g", caption=title, label=f"tab:{name}", escape=True)
-    store.write_atomic(folder / f"{name}.tex", latex)
+def save_table(profile, name, frame, title, notebook, best=None):
+    """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV.
+
+    best: {column of the frame: "highest" or "lowest"}; in Markdown and LaTeX the best number of that column is bold and
+    the second best underlined, over all rows, as in the paper's Table 2. Numbers that print alike share their mark;
+    text and NaN (printed as –) have none. Columns and rows may have levels, like (subset, metric). Raises ValueError
+    for another column or rule.
+    """
+    folder, text = _folder(profile), _as_text(frame)
+    marks = _marks(frame, text, best or {})
+    flat = frame.set_axis([_joined(column, "/") for column in frame.columns], axis=1)
+    store.write_atomic(folder / f"{name}.csv", flat.to_csv())
+    store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{_markdown(text, marks)}\n")
+    store.write_atomic(folder / f"{name}.tex", _latex(text, marks, title, f"tab:{name}"))
     _record(profile, name, title, notebook)
+
+
+def _as_text(frame):
+    """The frame as it is printed: numbers of one order share their decimals, the largest has four digits."""
+    text = pd.DataFrame(index=frame.index, columns=frame.columns, dtype=object)
+    for j in range(frame.shape[1]):
+        column = list(frame.iloc[:, j])
+        places = _decimals([abs(value) for value in column if _is_number(value)])
+        text.isetitem(j, [_cell(value, places) for value in column])
+    return text
+
+
+def _decimals(sizes):
+    """Decimals for all numbers of a column, from their absolute values; None if they differ too much for that."""
+    nonzero = [size for size in sizes if size]
+    if all(float(size).is_integer() for size in sizes):
+        return 0
+    if max(nonzero) < 1e-2 or max(nonzero) / min(nonzero) > 1e3:
+        return None
+    return max(0, 3 - math.floor(math.log10(max(nonzero))))
+
+
+def _cell(value, places):
+    if _is_number(value):
+        return f"{value:.4g}" if places is None else f"{value:.{places}f}"
+    return "–" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
+
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _marks(frame, text, best):
+    """{(row, column): "best" or "second"}, by position."""
+    marks = {}
+    for column, rule in best.items():
+        if column not in frame.columns or rule not in ("highest", "lowest"):
+            raise ValueError(f"best: expected a column and 'highest' or 'lowest', found {column!r}: {rule!r}")
+        j = frame.columns.get_loc(column)
+        printed = {i: float(text.iat[i, j]) for i in range(len(frame)) if _is_number(frame.iat[i, j])}
+        ranked = sorted(set(printed.values()), reverse=rule == "highest")
+        for mark, value in zip(("best", "second"), ranked):
+            marks |= {(i, j): mark for i in printed if printed[i] == value}
+    return marks
+
+
+def _marked(text, marks, escaped, **wraps):
+    """The text escaped, labels included, and the marked cells wrapped, e.g. by best="**{}**"."""
+    shown = text.map(escaped)
+    for (i, j), mark in marks.items():
+        shown.iat[i, j] = wraps[mark].format(shown.iat[i, j])
+    return shown.rename(index=escaped, columns=escaped).rename_axis(index=escaped, columns=lambda _: None)
+
+
+def _markdown(text, marks):
+    """A Markdown table; the levels of a column's name stand below each other."""
+    shown = _marked(text, marks, _escaped_markdown, best="**{}**", second="<u>{}</u>")
+    shown.columns = [_joined(column, "<br>") for column in shown.columns]
+    sides = ["left"] * shown.index.nlevels + ["right" if side == "r" else "left" for side in _sides(text)]
+    return shown.reset_index().to_markdown(index=False, disable_numparse=True, colalign=sides)
+
+
+def _latex(text, marks, title, label):
+    """A LaTeX table (booktabs, multirow); the outer level of a column's name spans the inner ones."""
+    shown = _marked(text, marks, _escaped_latex, best=r"\textbf{{{}}}", second=r"\underline{{{}}}")
+    sides = "l" * shown.index.nlevels + "".join(_sides(text))
+    options = {"caption": _escaped_latex(title), "label": label, "column_format": sides, "multicolumn_format": "c"}
+    return shown.to_latex(escape=False, **options)
+
+
+def _sides(text):
+    """ "r" for a column that holds a number, else "l"."""
+    return ["r" if text.iloc[:, j].map(_NUMBER.fullmatch).any() else "l" for j in range(text.shape[1])]
+
+
+_NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")
+_LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "|": r"\textbar{}"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "–": "--", "ω": r"$\omega$"}
+_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def _escaped_markdown(text):
+    return _one_line(text).replace("<", "&lt;").replace("|", r"\|")
+
+
+def _escaped_latex(text):
+    return _one_line(text).translate(str.maketrans(_LATEX))
+
+
+def _one_line(text):
+    return "" if text is None else " ".join(str(text).split())
+
+
+def _joined(label, between):
+    return between.join(map(str, label)) if isinstance(label, tuple) else str(label)
 
 
 def save_figure(profile, name, figure, frame, title, notebook):
@@ -94,10 +222,38 @@ def save_figure(profile, name, figure, frame, title, notebook):
     _record(profile, name, title, notebook)
 
 
+def save_claim(profile, claim, ours, notebook, part="", note=""):
+    """Record what this run says to one part of a claim, and write `claims.md` and `differences.md` anew.
+
+    claim, part: names of data/claims.yaml, as literal strings: the table finds its cell by them. ours: `Interval` of
+    the paired difference that is explained there, None where there is none. note: what the number was measured by, or
+    why there is none. Raises ValueError for another claim or part, or if there is neither a number nor a reason.
+    """
+    parts = claims.parts(published())
+    name = claims.find(parts, claim, part).name
+    if ours is None and not note:
+        raise ValueError(f"{name} was not tested: say why in `note`")
+    path = _folder(profile) / "claims.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = {"ours": ours and [float(end) for end in ours[:3]] + [int(ours.n)], "note": note}
+    record |= {"notebook": notebook, "cell": claims.cell_of(notebook, claim, part)}
+    record |= {"command": _command(profile, notebook), "seconds": sum(s for _, s in store.timings(profile.name))}
+    made = store.provenance()
+    known[name] = record | {"created": made["created"], "git": made["git"]}
+    known = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
+    store.write_atomic(path, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+    store.write_atomic(path.with_suffix(".md"), claims.page(profile, parts, known))
+    store.write_atomic(path.with_name("differences.md"), claims.differences(profile))
+
+
 def _folder(profile):
     """`figures/<profile>/`, or `figures/<profile>-custom/` if overrides changed it: they never mix."""
     plain = profile == Profile.load(profile.name)
     return store.figures_dir(profile.name if plain else f"{profile.name}-custom")
+
+
+def _command(profile, notebook):
+    return f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
 
 
 def _record(profile, name, title, notebook):
@@ -105,7 +261,6 @@ def _record(profile, name, title, notebook):
     store.write_atomic(_folder(profile) / "profile.yaml", f"{profile}\n")
     path = _folder(profile) / "provenance.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    command = f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
-    known[name] = {"title": title, "notebook": notebook, "command": command, "seeds": profile.seeds}
+    known[name] = {"title": title, "notebook": notebook, "command": _command(profile, notebook), "seeds": profile.seeds}
     known[name] |= {"stages": list(store.USED.get(profile.name, {})), **store.provenance()}
     store.write_atomic(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")

@@ -1,15 +1,15 @@
-"""Replies and their scores: generation against a loop by hand, where a reply ends, means and paired differences."""
+"""Replies and their scores, means per subset, paired differences."""
 
 import dataclasses
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import EOS
 
-from deftlib import evaluate, rewards, store
-from deftlib.evaluate import by_prompt, compare, first_turn, generate, sigmoid_reward
+from deftlib import evaluate, models, rewards, store
+from deftlib.evaluate import by_prompt, by_subset, compare, sigmoid_reward
+from deftlib.generation import generate
+from deftlib.metrics import character_bleu
 from deftlib.profile import Generation, Profile, Text
 
 TEXT = Text(prompt_tokens=8, reply_tokens=8)
@@ -22,90 +22,6 @@ PROMPTS = ["w3 w4", "w5 w6 w7 w8 w9", "w30", "w11 w12 w13", "w2 w20 w30 w9 w7 w7
 def talker(make_model):
     """A random policy that ends some of its replies before the limit."""
     return make_model(seed=4).eval()
-
-
-def greedy_by_hand(model, tokenizer, prompt):
-    ids = tokenizer(prompt)["input_ids"]
-    n_prompt = len(ids)
-    while len(ids) < n_prompt + GREEDY.max_new_tokens:
-        with torch.no_grad():
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] == EOS:
-            break
-    return tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
-
-
-# ---- generation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
-def test_greedy_replies_are_those_of_a_loop_by_hand_whatever_shares_their_batch(talker, tokenizer, batch_size):
-    by_hand = [greedy_by_hand(talker, tokenizer, prompt) for prompt in PROMPTS]
-    assert len(set(by_hand)) > 1 and any(by_hand)
-    generation = dataclasses.replace(GREEDY, batch_size=batch_size)
-    assert generate(talker, tokenizer, PROMPTS, TEXT, generation) == [[reply] for reply in by_hand]
-
-
-def test_a_reply_ends_at_eos_which_is_not_part_of_it(talker, tokenizer):
-    lengths = {len(greedy_by_hand(talker, tokenizer, prompt).split()) for prompt in PROMPTS}
-    assert min(lengths) < GREEDY.max_new_tokens
-    said = generate(talker, tokenizer, PROMPTS, TEXT, GREEDY)
-    assert {len(replies[0].split()) for replies in said} == lengths
-    assert not any("<eos>" in replies[0] or "<pad>" in replies[0] for replies in said)
-
-
-def test_a_long_prompt_is_cut_on_the_left(talker, tokenizer):
-    short = dataclasses.replace(TEXT, prompt_tokens=2)
-    assert generate(talker, tokenizer, ["w9 w9 w9 w3 w4"], short, GREEDY) == generate(
-        talker, tokenizer, ["w3 w4"], TEXT, GREEDY
-    )
-
-
-def test_each_prompt_gets_its_samples_and_one_seed_repeats_them(talker, tokenizer):
-    first, again, other = (generate(talker, tokenizer, PROMPTS, TEXT, SAMPLED, seed) for seed in (0, 0, 1))
-    assert [len(replies) for replies in first] == [3] * len(PROMPTS)
-    assert first == again != other
-    assert any(len(set(replies)) > 1 for replies in first)
-
-
-def test_samples_belong_to_the_prompt_they_were_drawn_for(make_model, tokenizer):
-    model = make_model().eval()
-    greedy = generate(model, tokenizer, PROMPTS, TEXT, GREEDY)
-    assert len({replies[0] for replies in greedy}) > 2
-    sure = dataclasses.replace(SAMPLED, temperature=1e-4, batch_size=6)  # greedy in effect; two prompts a batch
-    assert generate(model, tokenizer, PROMPTS, TEXT, sure) == [replies * 3 for replies in greedy]
-
-
-def test_sampling_is_from_the_whole_distribution(talker, tokenizer):
-    """No top-k or top-p: shares of the first token are those of the softmax."""
-    many = Generation(max_new_tokens=1, temperature=1.0, samples=4000, batch_size=4000)
-    (said,) = generate(talker, tokenizer, ["w3 w4"], TEXT, many)
-    with torch.no_grad():
-        ids = tokenizer("w3 w4", return_tensors="pt")["input_ids"]
-        probabilities = talker(ids).logits[0, -1].softmax(-1).numpy()
-    words = [tokenizer.decode([i], skip_special_tokens=True) for i in range(len(probabilities))]
-    shares = np.array([said.count(word) / len(said) for word in words])
-    named = [i for i, word in enumerate(words) if word]
-    error = np.sqrt(probabilities * (1 - probabilities) / len(said))
-    assert (np.abs(shares - probabilities)[named] < 5 * error[named]).all()
-    assert (shares[named] > 0).sum() > 30  # top-k 50 could not bite here, top-p 0.9 would
-
-
-@pytest.mark.parametrize(
-    "generated, reply",
-    [
-        (" Take the train.", " Take the train."),
-        (" Take the train.\n\nHuman: And then?\n\nAssistant: Walk.", " Take the train."),
-        (" Take the train.\n\nAssistant: Walk.\n\nHuman: No.", " Take the train."),
-        (" Take the train. human: And then?", " Take the train."),
-        (" Take the train.\nASSISTANT: Walk.", " Take the train."),
-        ("\n\nHuman: Hello?", ""),
-        (" A human assistant is a human, I say: yes. \n", " A human assistant is a human, I say: yes."),
-        (" One.\n\nTwo: three.\n\n- four", " One.\n\nTwo: three.\n\n- four"),
-    ],
-)
-def test_a_reply_ends_where_the_next_turn_begins_and_nowhere_else(generated, reply):
-    assert first_turn(generated) == reply
 
 
 # ---- replies -------------------------------------------------------------------------------------------------------
@@ -128,6 +44,7 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     scored = []
     monkeypatch.setattr(rewards, "load_reward_model", lambda path: (None, None))
     monkeypatch.setattr(rewards, "score", score)
+    monkeypatch.setattr(models, "start_policy", lambda profile: policy)
     parts = store.stage("mini", "parts", {}, produce)
     profile = Profile.load("mini", {"data.source": "given", "generation": vars(SAMPLED), "text": vars(TEXT)})
     frame, again = (evaluate.replies(profile, policy, parts, "someone/r_eval") for _ in range(2))
@@ -137,7 +54,10 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     assert frame["sample"].tolist() == [0, 1, 2] * 6
     assert frame["reply"].tolist() == sum(generate(talker, tokenizer, PROMPTS, TEXT, SAMPLED), [])
     assert frame["reward"].tolist() == [len(reply.split()) for reply in frame["reply"]]
-    assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "build/mini/replies").iterdir()] == ["sft-seed0-seed0"]
+    assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "build/mini/replies").iterdir()] == ["sft-seed0"]
+    assert frame["bleu"].tolist() == [100 * character_bleu(reply, " w1") for reply in frame["reply"]]
+    assert frame["words"].tolist() == frame["reward"].tolist()
+    assert np.isfinite(frame["likelihood"]).all() and (frame["likelihood"] < 0).all()
     evaluate.replies(profile, policy, parts, "someone/r_eval", seed=1)
     assert scored == [18, 18]
 
@@ -157,6 +77,12 @@ def test_by_prompt_means_the_samples_of_each_prompt_seed_by_seed():
     squared = by_prompt([first], lambda frame: frame["reward"] ** 2)
     assert squared.tolist() == [[250.0, 5.0]]
     assert "value" not in first
+
+
+def test_a_row_of_table_2_has_the_mean_of_each_subset_and_the_sample_weighted_total():
+    frame = pd.DataFrame({"subset": ["a", "b", "b", "b"], "bleu": [4.0, 0.0, 1.0, 2.0]})
+    row = by_subset([frame, frame + pd.DataFrame({"subset": [""] * 4, "bleu": [2.0] * 4})], {"BLEU": "bleu"})
+    assert row == {("a", "BLEU"): 5.0, ("b", "BLEU"): 2.0, ("total", "BLEU"): (5.0 + 3 * 2.0) / 4}
 
 
 def test_compare_takes_the_difference_prompt_by_prompt():
