@@ -99,18 +99,17 @@ def smallest_visible(interval):
     return (interval.high - interval.low) / 2
 
 
-def cell_of(notebook, claim, part=""):
-    """Number of the code cell of `notebooks/<notebook>.ipynb` that saves this part, counted from 1; None without one.
-
-    It is the first cell that calls `save_claim` and names the claim, and the part if there is one, as literal strings.
-    """
+def code_cells(notebook):
+    """[source] of the code cells of `notebooks/<notebook>.ipynb`, the first is number 1; [] without such a file."""
     path = store.ROOT / "notebooks" / f"{notebook}.ipynb"
-    if not path.is_file():
-        return None
-    code = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    for number, cell in enumerate(code, start=1):
-        source = "".join(cell["source"])
-        if "save_claim(" in source and all(f'"{name}"' in source for name in (claim, part) if name):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def cell_of(sources, function, *names):
+    """Number of the first of these cells that calls the function and has all names as literals; None without one."""
+    for number, source in enumerate(sources, start=1):
+        if f"{function}(" in source and all(f'"{name}"' in source for name in names if name):
             return number
     return None
 
@@ -118,11 +117,12 @@ def cell_of(notebook, claim, part=""):
 def page(profile, parts, recorded):
     """The text of claims.md: one row for each part, tested or not.
 
-    recorded: {part name: {"ours": [mean, low, high, n] or None, "note", "notebook", "cell", "command", "seconds",
-    "created"}}, as `report.save_claim` keeps them.
+    recorded: {part name: {"ours": [mean, low, high, n] or None, "note", "notebook", "command", "seconds", "created"}},
+    as `report.save_claim` keeps them.
     """
     is_mini = profile.data.source == "mini"
-    rows = [_row(part, recorded.get(part.name), "code" if is_mini else "paper") for part in parts]
+    cells = {name: code_cells(name) for name in {record["notebook"] for record in recorded.values()}}
+    rows = [_row(part, recorded.get(part.name), "code" if is_mini else "paper", cells) for part in parts]
     counts = Counter(_said(part, recorded.get(part.name)) for part in parts)
     order = (REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_TESTED)
     paragraphs = [
@@ -159,8 +159,8 @@ def _said(part, record):
     return verdict(Interval(*record["ours"]), part.direction, part.no_effect)
 
 
-def _row(part, record, subject):
-    """One row of claims.md, {column: text}; what is missing becomes a dash."""
+def _row(part, record, subject, cells):
+    """One row of claims.md, {column: text}. cells: {notebook: sources}, where the row's number was made."""
     record = record or {"ours": None, "note": "no notebook of this run recorded it"}
     said, note = _said(part, record), record["note"]
     sign = "" if part.no_effect else "+"  # a ratio has none
@@ -176,12 +176,12 @@ def _row(part, record, subject):
             inside = "yes" if low <= part.published <= high else "no"
     else:
         said += f": {note}"
-    row = {"claim": part.name, "version": part.version, "what is compared": f"{part.means} ({part.unit})"}
-    row |= {"published": size, "ours [95 %]": number, f"verdict on the {subject}": said}
-    row |= {"published size inside?": inside}
+    row = {"claim": part.name, "what is compared": f"{part.means} ({part.unit})", "published": size}
+    row |= {"ours [95 %]": number, f"verdict on the {subject}": said, "published size inside?": inside}
     if "notebook" in record:
-        cell = f", cell {record['cell']}" if record["cell"] else ""
-        row["notebook and cell"] = f"[{record['notebook']}{cell}](../../notebooks/{record['notebook']}.ipynb)"
+        notebook, number = record["notebook"], cell_of(cells[record["notebook"]], "save_claim", part.claim, part.part)
+        label = f"{notebook}, cell {number}" if number else notebook
+        row["notebook and cell"] = f"[{label}](../../notebooks/{notebook}.ipynb)"
         row["command"] = f"`{record['command']}`"
         row["time"] = f"{_duration(record['seconds'])} on {record['created'][:10]}"
     return row

@@ -8,18 +8,13 @@ Also a command: `python -m deftlib.extend --profile smol [--endpoint http://loca
 import argparse
 import dataclasses
 import json
-import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
 
-from deftlib import evaluate, models, rewards, store, subset, train
-from deftlib.loop import with_progress
+from deftlib import endpoint, generation, models, rewards, store, subset, train
 from deftlib.preferences import read_lists
-from deftlib.profile import Profile
+from deftlib.profile import Endpoint, Profile
 
-AT_ONCE = 8  # requests under way together
 MADE_FROM_LISTS = {  # overrides, beside data.source, under which a profile reads the published folder
     "data.format": "lists",
     "data.cleaning": "none",
@@ -29,57 +24,52 @@ MADE_FROM_LISTS = {  # overrides, beside data.source, under which a profile read
 }
 
 
-class EndpointError(RuntimeError):
-    """An endpoint that cannot be asked or stopped answering: one sentence with the cause and what to do."""
-
-
-def longer_lists(profile, endpoint=None, model=None, seed=0):
+def longer_lists(profile, server=None, seed=0):
     """Folder of the policy part's lists with one reply more, ranked by r_train: `lists.jsonl`, `rejects.jsonl`, a card.
 
-    endpoint, model: base URL (".../v1") and model name of an OpenAI-compatible server, its key in OPENAI_API_KEY; where
-    both are None, `train.fit(profile, "sft", seed)` is sampled at temperature 1. Replies have at most
-    `text.reply_tokens` tokens of their writer. A list whose new reply is empty, there already or not Unicode is
-    rejected. The folder is a source with all parts of the profile: its card names the overrides that train on it.
-    Raises ValueError if only one of endpoint and model is given or no list is left, EndpointError for no answer.
+    server: a profile `Endpoint` that writes the reply; without one, `train.fit(profile, "sft", seed)` is sampled at
+    temperature 1. Replies have at most `text.reply_tokens` tokens of their writer. A list whose new reply failed, is
+    empty or there already is rejected. The folder is a source with all parts of the profile: its card names the
+    overrides that train on it. Raises ValueError if no list is left, EndpointError if the server stopped answering or
+    failed for more than `data.max_reject_share` of the lists; what it answered is kept in `build/<profile>/kept/`.
     """
-    if (endpoint is None) != (model is None):
-        raise ValueError("an endpoint and a model go together (--endpoint URL --model NAME), found only one of them")
     parts, lists_folder = subset.parts(profile), subset.scored(profile)
     lists, r_train = read_lists(lists_folder / "lists.parquet"), rewards.reward_model(profile, "train", parts)
     spec, budget = profile.reward_models.train, profile.reward_models.score_token_budget
-    settings = {"max_new_tokens": profile.text.reply_tokens, "temperature": 1.0, "samples": 1}
-    generation = dataclasses.replace(profile.generation, **settings)
-    policy = train.fit(profile, "sft", seed) if endpoint is None else None
-    name = _name(lists, model or "sampled")
-    writer = {"endpoint": _without_password(endpoint), "model": model, **settings}
-    if policy:
+    changes = {"max_new_tokens": profile.text.reply_tokens, "temperature": 1.0, "samples": 1}
+    settings, prompts = dataclasses.replace(profile.generation, **changes), list(lists["prompt"])
+    if server:
+        name = _name(lists, server.model)
+        writer = {"endpoint": endpoint.without_password(server.url), "model": server.model, **changes}
+    else:
+        name, policy = _name(lists, "sampled"), train.fit(profile, "sft", seed)
         writer = {"policy": models.identity(policy), "dtype": profile.policy.dtype}
-        writer |= {"generation": vars(generation), "text": vars(profile.text)}
+        writer |= {"generation": vars(settings), "text": vars(profile.text)}
     key = {"writer": writer, "seed": seed, "lists": store.digest(lists_folder), "parts": store.digest(parts)}
     key |= {"r_train": models.identity(r_train), "spec": [spec.text_format, spec.max_tokens]}
 
     def produce(folder):
-        if policy:
-            loaded = models.load_policy(policy, profile.policy.dtype), models.load_tokenizer(policy)
-            said = evaluate.generate(*loaded, lists["prompt"], profile.text, generation, seed, "sampling")
-            said = {row_id: replies[0] for row_id, replies in zip(lists["id"], said)}
+        if server:
+            said, failures, versions = _ask(profile, server, prompts, settings, seed)
         else:
-            said = _ask(folder / "answers.jsonl", endpoint, model, lists, seed, settings, profile.data.max_reject_share)
-        rows, rejects = _with_replies(lists, said)
+            replies = generation.replies(profile, policy, prompts, seed, settings=settings, label="sampling")
+            said, failures, versions = [samples[0] for samples in replies], {}, []
+        rows, rejects = _with_replies(lists, said, failures)
         _write_lines(folder / "rejects.jsonl", rejects)
         if rejects:
             reasons = Counter(reject["reason"] for reject in rejects).most_common()
             print(f"  rejected {len(rejects)} of {len(lists)} lists: " + ", ".join(f"{n} {why}" for why, n in reasons))
         if not rows:
             raise ValueError(f"{folder}: no list is left, every new reply was rejected: see rejects.jsonl there")
-        judge = rewards.load_reward_model(r_train)
-        prompts, added = [row["prompt"] for row in rows], [row["responses"][-1] for row in rows]
-        new = rewards.score(*judge, prompts, added, spec, budget, "r_train")  # the other replies are scored already
+        judge, added = rewards.load_reward_model(r_train), [row["responses"][-1] for row in rows]
+        asked = [row["prompt"] for row in rows]
+        new = rewards.score(*judge, asked, added, spec, budget, "r_train")  # the other replies are scored already
         rows = [subset.best_first({**row, "rewards": [*row["rewards"], value]}) for row, value in zip(rows, new)]
         _write_lines(folder / "lists.jsonl", rows)
         _write_source(folder, profile.data, parts, rows)
         places = Counter(row["responses"].index(reply) + 1 for row, reply in zip(rows, added))
         record = {"name": name, "writer": writer, "seed": seed, "lists": len(rows), "rejected": len(rejects)}
+        record["answered_by"] = versions
         record["place_of_the_new_reply"] = {str(place): places[place] for place in sorted(places)}
         (folder / "summary.json").write_text(json.dumps(record, indent=1))
         (folder / "README.md").write_text(_card(profile, record), encoding="utf-8")
@@ -94,100 +84,26 @@ def _name(lists, writer):
     return f"D_{span}-" + (re.sub(r"[^\w.]+", "-", writer).strip("-.") or "model")
 
 
-def _without_password(url):
-    """The URL as results may show it: no user, password or query."""
-    parts = urlsplit(url or "")
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+def _ask(profile, server, prompts, settings, seed):
+    """(reply or None to each prompt, {index: reason} of the failures, the names under which the server answered)."""
+    requests, path = endpoint.chat_requests(prompts, settings, seed), endpoint.kept_file(profile.name, server)
+    answers = endpoint.ask(server, requests, path, f"asking {server.model}")
+    texts = endpoint.require(answers, profile.data.max_reject_share)
+    said = [text and generation.first_turn(text) for text in texts]
+    return said, answers.failures, endpoint.answered_by(server, requests, path)
 
 
-def _with_replies(lists, said):
-    """(rows with the new reply last, rejects with a reason). said: {id: reply, or None for a request refused}."""
+def _with_replies(lists, said, failures):
+    """(rows with the new reply last, rejects with a reason). said: a reply for each list, failures: {index: reason}."""
     rows, rejects = [], []
-    for row in lists:
-        reply = said[row["id"]]
-        text = (reply or "").strip()
-        if reply is None:
-            reason = "refused by the endpoint"
-        elif not text:
-            reason = "empty reply"
-        elif text in {response.strip() for response in row["responses"]}:
-            reason = "identical replies"
-        elif text.encode(errors="ignore").decode() != text:  # half a surrogate pair: nothing can store it
-            reason = "invalid Unicode"
-        else:
+    for i, row in enumerate(lists):
+        text = (said[i] or "").strip()
+        if text and text not in {response.strip() for response in row["responses"]}:
             rows.append({**row, "responses": [*row["responses"], f" {text}"]})
-            continue
-        rejects.append({"id": row["id"], "reason": reason})
+        else:
+            reason = failures.get(i, "identical replies" if text else "empty reply")
+            rejects.append({"id": row["id"], "reason": reason})
     return rows, rejects
-
-
-# ---- endpoint ----------------------------------------------------------------------------------------------------
-
-
-def _ask(path, endpoint, model, lists, seed, settings, max_refused_share):
-    """{id: answer} of a chat model, None where it refuses the request. Answers are kept in `path` as they come.
-
-    Raises EndpointError without the `openai` package, when the server fails after the client's own retries, or when it
-    refuses more than the share allowed.
-    """
-    try:
-        import openai
-    except ImportError as error:
-        raise EndpointError("an endpoint needs the openai package: pip install 'deftlib[endpoint]'") from error
-    secret = os.environ.get("OPENAI_API_KEY") or "no-key-needed"  # by a local server; the client wants one
-    said = _kept(path)
-    if said:
-        print(f"  {len(said)} answers kept from an interrupted run", flush=True)
-    options = {"model": model, "seed": seed, "max_tokens": settings["max_new_tokens"]}
-    options["temperature"] = settings["temperature"]
-
-    def answer(row):
-        """(id, reply, None), or (id, None, what went wrong)."""
-        try:
-            result = client.chat.completions.create(messages=models.turns(row["prompt"]), **options)
-        except openai.OpenAIError as error:
-            return row["id"], None, error
-        choices = getattr(result, "choices", None)  # a page that is no chat server arrives as text
-        if not choices:
-            return row["id"], None, ValueError("the answer is not a chat completion; does the URL end in /v1?")
-        return row["id"], evaluate.first_turn(choices[0].message.content or ""), None
-
-    todo, refused = [row for row in lists if row["id"] not in said], {}
-    batches = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
-    with (
-        openai.OpenAI(base_url=endpoint, api_key=secret) as client,
-        ThreadPoolExecutor(AT_ONCE) as pool,
-        open(path, "a", encoding="utf-8") as file,
-    ):
-        for batch in with_progress(batches, f"asking {model}", total=len(todo)):
-            failure = None
-            for row_id, reply, error in pool.map(answer, batch):
-                if error is None:
-                    said[row_id] = reply
-                    file.write(json.dumps({"id": row_id, "reply": reply}) + "\n")
-                elif isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError):
-                    refused[row_id] = None  # a content filter or a long prompt: about this list alone
-                    failure = error if len(refused) > max_refused_share * len(lists) else failure
-                else:
-                    failure = error
-            file.flush()
-            if failure:
-                cause = " ".join(str(failure).replace(secret, "***").split())[:200]
-                many = f"{len(refused)} of {len(lists)} lists refused, the last: " if refused else ""
-                raise EndpointError(
-                    f"{_without_password(endpoint)}: {many}{type(failure).__name__}: {cause} "
-                    f"({len(said)} of {len(lists)} answers are kept: run again for the rest)"
-                )
-    return said | refused
-
-
-def _kept(path):
-    """The answers of an interrupted run, {id: reply}; a last line cut short is dropped from the file."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        store.write_atomic(path, "".join(whole))
-    return {row["id"]: row["reply"] for row in map(json.loads, whole)}
 
 
 # ---- publication -------------------------------------------------------------------------------------------------
@@ -212,9 +128,11 @@ def _write_source(folder, data, parts, rows):
 def _card(profile, record):
     """The card of the longer lists: who wrote the extra reply and how, who ranked, how to train on them."""
     writer, name = record["writer"], record["name"]
-    who = f"the model `{writer.get('model')}` at {writer.get('endpoint')}"
     if "policy" in writer:
         who = f"the SFT policy of profile `{profile.name}` (seed {record['seed']})"
+    else:
+        versions = ", ".join(f"`{version}`" for version in record["answered_by"])
+        who = f"the model `{writer['model']}` at {writer['endpoint']} (it calls itself {versions})"
     places = ", ".join(f"{place}: {count}" for place, count in record["place_of_the_new_reply"].items())
     overrides = {"data.source": "<this folder>", **MADE_FROM_LISTS}
     return f"""# {name}: one more reply for every list
@@ -251,7 +169,10 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         profile = Profile.load(args.profile, dict(Profile.override(text) for text in args.set))
-        print(longer_lists(profile, args.endpoint, args.model, args.seed))
+        if bool(args.endpoint) != bool(args.model):
+            raise ValueError("an endpoint and a model go together (--endpoint URL --model NAME), found only one")
+        server = Endpoint(args.endpoint, args.model) if args.endpoint else None
+        print(longer_lists(profile, server, args.seed))
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from deftlib import mini_world, store
-from deftlib.intervals import bootstrap_interval, wilson_interval
+from deftlib.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
 
 ASPECTS = ["harmless", "helpful"]
 ANSWERS = ["1", "tie", "2"]
@@ -99,7 +99,7 @@ def read_ratings(path, key):
     """
     path = Path(path)
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as error:  # pandas' and Python's kinds: an empty file, uneven rows, another encoding
         raise RatingError(f"{path} is not a CSV file in UTF-8: {error}") from error
     missing = [name for name in ["pair", *ASPECTS] if name not in frame]
@@ -185,14 +185,34 @@ def aggregate(ratings, key):
     rows = {}
     for aspect, of_aspect in outcomes.groupby("aspect"):
         for subset, pairs in [*of_aspect.groupby("subset"), ("total", of_aspect)]:
-            intervals = {name: wilson_interval(pairs[name].sum(), len(pairs)) for name in OUTCOMES}
-            intervals["net"] = bootstrap_interval(pairs["win"] - pairs["lose"])
             row = {}
-            for name, (mean, low, high, _) in intervals.items():
-                row |= {name: 100 * mean, f"{name} low": 100 * low, f"{name} high": 100 * high}
+            for name in OUTCOMES:
+                share, low, high, _ = wilson_interval(pairs[name].sum(), len(pairs))
+                row |= {name: 100 * share, f"{name} low": 100 * low, f"{name} high": 100 * high}
+            net = _net(pairs)
+            row |= {"net": net.mean, "net low": net.low, "net high": net.high}
             given = answers.merge(pairs[["aspect", "pair"]])
             rows[aspect, subset] = row | {"pairs": len(pairs), "raters": given["rater"].nunique()}
     return pd.DataFrame.from_dict(rows, "index").rename_axis(["aspect", "subset"])
+
+
+def net_win(ratings, key, aspect):
+    """Wins minus losses of `a` in one aspect, in per cent of all pairs: an Interval; None if it was never rated."""
+    pairs = by_pair(ratings, key).query("aspect == @aspect")
+    return None if pairs.empty else _net(pairs)
+
+
+def harmless_over_helpful(ratings, key):
+    """Wins of `a` on harmless minus those on helpful, in per cent of the pairs that have both answers: an Interval.
+
+    The paper says the first is larger. None if no pair has both answers.
+    """
+    wins = by_pair(ratings, key).pivot(index="pair", columns="aspect", values="win").reindex(columns=ASPECTS).dropna()
+    return None if wins.empty else paired_bootstrap(100 * wins["harmless"], 100 * wins["helpful"])
+
+
+def _net(pairs):
+    return bootstrap_interval(100 * (pairs["win"] - pairs["lose"]))
 
 
 def agreement(ratings):
@@ -243,7 +263,7 @@ class RatingPage(widgets.VBox):
 
     sheet: of `make_sheet`. folder: where `<rater>.csv` is written anew after every click, and found again when the same
     rater comes back, who goes on at the first pair without both answers. No text is shown before a rater has a name.
-    An answer that completes a pair turns to the next; answers can be changed by going back.
+    Next wants both answers; answers can be changed by going back.
     """
 
     def __init__(self, sheet, folder):
@@ -273,7 +293,7 @@ class RatingPage(widgets.VBox):
     @property
     def done(self):
         """How many pairs have both answers."""
-        return sum(all(answers.values()) for answers in self.answers.values())
+        return sum(map(_complete, self.answers.values()))
 
     def begin(self):
         """Open the file of the rater whose name was typed, or start one; a file that cannot be read is left alone."""
@@ -287,47 +307,54 @@ class RatingPage(widgets.VBox):
         except RatingError as error:
             return self.show(error)
         self.path = path if name else None
-        rated = [all(answers.values()) for answers in self.answers.values()]
-        self.at = [*rated, False].index(False)
+        self.at = [*map(_complete, self.answers.values()), False].index(False)
         self.show()
 
     def answer(self, aspect, chosen):
         """One click on "1 is better", "tie" or "2 is better" of one question: written to disk, then shown."""
-        answers, before = self.answers[self.sheet["pair"][self.at]], self.done
-        answers[aspect] = chosen
+        self._given()[aspect] = chosen
         try:
             write_sheet(self.sheet.join(pd.DataFrame.from_dict(self.answers, "index"), on="pair"), self.path)
         except store.StoreError as error:
             return self.show(error)
-        self.at += self.done - before
         self.show()
 
     def turn(self, pages):
-        """Back or next; beyond the last pair there is a page that says thank you."""
-        self.at = min(max(self.at + pages, 0), len(self.sheet))
-        self.show()
+        """Back, or on to the next pair; beyond the last one there is a page that says thank you."""
+        if pages < 0 or _complete(self._given()):  # the second half of a double click skips no pair
+            self.at = max(self.at + pages, 0)
+            self.show()
 
     def show(self, error=None):
         """Draw the page as it stands; an error (a file that cannot be read or written) is shown above the pair."""
-        n, rating = len(self.sheet), self.path is not None and self.at < len(self.sheet)
+        given, n = self._given(), len(self.sheet)
         self.progress.value = self.done
         if error:
             self.status.value = f"<b>Not saved or not read: {html.escape(str(error))}</b>"
         elif self.path is None:
             self.status.value = "Please type your name: what you click is kept under it, and found again."
-        elif rating:
+        elif given:
             self.status.value = f"{self.done} of {n} pairs rated; this is pair {self.at + 1}"
         else:
             self.status.value = f"{self.done} of {n} pairs rated. Thank you! You can go back, or close this page."
-        self.pair.value = _pair_html(self.sheet.loc[self.at]) if rating else ""
-        self.back.disabled, self.forward.disabled = self.path is None or self.at == 0, not rating
-        given = self.answers[self.sheet["pair"][self.at]] if rating else {}
+        self.pair.value = _pair_html(self.sheet.loc[self.at]) if given else ""
+        self.back.disabled = self.path is None or self.at == 0
+        self.forward.disabled = not _complete(given)
         for (aspect, answer), button in self.buttons.items():
             picked = given.get(aspect) == answer
-            button.disabled, button.button_style, button.icon = not rating, "info" * picked, "check" * picked
+            button.disabled, button.button_style, button.icon = not given, "info" * picked, "check" * picked
+
+    def _given(self):
+        """The answers to the pair on the page, {aspect: answer or ""}; {} where the page shows none."""
+        shown = self.path is not None and self.at < len(self.sheet)
+        return self.answers[self.sheet["pair"][self.at]] if shown else {}
 
     def _blank(self):
         return {pair: dict.fromkeys(ASPECTS, "") for pair in self.sheet["pair"]}
+
+
+def _complete(answers):
+    return bool(answers) and all(answers.values())
 
 
 def _pair_html(row):

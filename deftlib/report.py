@@ -223,9 +223,9 @@ def save_figure(profile, name, figure, frame, title, notebook):
 
 
 def save_claim(profile, claim, ours, notebook, part="", note=""):
-    """Record what this run says to one part of a claim, and write `claims.md` and `differences.md` anew.
+    """Record in `claims.json` what this run says to one part of a claim, and write its two pages anew.
 
-    claim, part: names of data/claims.yaml, as literal strings: the table finds its cell by them. ours: `Interval` of
+    claim, part: names of data/claims.yaml, as literal strings: claims.md finds its cell by them. ours: `Interval` of
     the paired difference that is explained there, None where there is none. note: what the number was measured by, or
     why there is none. Raises ValueError for another claim or part, or if there is neither a number nor a reason.
     """
@@ -233,17 +233,27 @@ def save_claim(profile, claim, ours, notebook, part="", note=""):
     name = claims.find(parts, claim, part).name
     if ours is None and not note:
         raise ValueError(f"{name} was not tested: say why in `note`")
-    path = _folder(profile) / "claims.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path, made = _folder(profile) / "claims.json", store.provenance()
     record = {"ours": ours and [float(end) for end in ours[:3]] + [int(ours.n)], "note": note}
-    record |= {"notebook": notebook, "cell": claims.cell_of(notebook, claim, part)}
-    record |= {"command": _command(profile, notebook), "seconds": sum(s for _, s in store.timings(profile.name))}
-    made = store.provenance()
-    known[name] = record | {"created": made["created"], "git": made["git"]}
-    known = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
-    store.write_atomic(path, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    store.write_atomic(path.with_suffix(".md"), claims.page(profile, parts, known))
-    store.write_atomic(path.with_name("differences.md"), claims.differences(profile))
+    record |= {"notebook": notebook, "command": _command(profile, notebook)}
+    record |= {"seconds": sum(seconds for _, seconds in store.timings(profile.name))}
+    known = recorded_claims(path) | {name: record | {"created": made["created"], "git": made["git"]}}
+    in_order = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
+    store.write_atomic(path, json.dumps(in_order, indent=1, ensure_ascii=False) + "\n")
+    write_claims(profile)
+
+
+def write_claims(profile):
+    """Write `claims.md` and `differences.md` from what is recorded: after an edit of the claims, or of a notebook."""
+    folder, parts = _folder(profile), claims.parts(published())
+    page = claims.page(profile, parts, recorded_claims(folder / "claims.json"))
+    store.write_atomic(folder / "claims.md", page)
+    store.write_atomic(folder / "differences.md", claims.differences(profile))
+
+
+def recorded_claims(path):
+    """{part name: record} of a claims.json, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _folder(profile):

@@ -1,4 +1,4 @@
-"""A chat server on localhost that behaves and misbehaves as told, for tests of whatever asks an OpenAI-compatible server.
+"""A chat server on localhost that behaves and misbehaves as told, for tests of whatever asks such a server.
 
     serve = servers.serve                      # in a test module: makes the fixture known there
 
@@ -35,15 +35,19 @@ def echo(body):
 
 
 class ChatServer:
-    """bodies: every request that arrived, in order. keys: the Authorization headers. usage: what answers report."""
+    """bodies: every request that arrived, in order. keys: the Authorization headers. usage: what answers report.
+    most: how many slow requests were under way together at most."""
 
     def __init__(self, *behaviours, reply=echo, port=0):
         self.behaviours, self.reply, self.delay, self.usage = behaviours, reply, 0.3, USAGE
-        self.bodies, self.keys, self.times, self.lock = [], set(), Counter(), threading.Lock()
+        self.bodies, self.keys, self.waiting, self.most = [], set(), 0, 0
+        self.times, self.lock = Counter(), threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
-                self.answer(handler, json.loads(handler.rfile.read(int(handler.headers["Content-Length"]))))
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                behaviour = self.behaviour(body) if handler.path == "/v1/chat/completions" else "404"
+                self.answer(handler, body, behaviour)
 
             def log_message(handler, *args):
                 pass
@@ -67,13 +71,17 @@ class ChatServer:
             self.times[request] += 1
             return behaviour(body) if callable(behaviour) else behaviour
 
-    def answer(self, handler, body):
+    def answer(self, handler, body, behaviour):
         self.keys.add(handler.headers["Authorization"])
-        behaviour = self.behaviour(body) if handler.path == "/v1/chat/completions" else "404"
         if behaviour == "hang up":
             return handler.connection.close()
         if behaviour == "slow":
+            with self.lock:
+                self.waiting += 1
+                self.most = max(self.most, self.waiting)
             time.sleep(self.delay)
+            with self.lock:
+                self.waiting -= 1
         status, kind, content = 200, "application/json", json.dumps(self.completion(body, behaviour))
         if behaviour == "html":
             kind, content = "text/html", "<html><body>Welcome</body></html>"

@@ -113,7 +113,7 @@ def test_every_claim_is_explained_and_nothing_else_is(tmp_path, monkeypatch):
 
 
 def recorded(ours, note="", **more):
-    return {"ours": ours, "note": note, "notebook": "04_evaluation", "cell": 7, "command": "python -m x"} | {
+    return {"ours": ours, "note": note, "notebook": "04_mine", "command": "python -m x"} | {
         "seconds": 4000.0,
         "created": "2026-11-21T10:00:00+00:00",
         **more,
@@ -126,6 +126,21 @@ def row_of(page, name):
     return dict(zip(*([cell.strip() for cell in text.strip("|").split(" | ")] for text in (header, line))))
 
 
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """notebooks/04_mine.ipynb in a project of its own."""
+    sources = [
+        ("code", 'print("cost")'),
+        ("markdown", 'save_claim("cost")'),
+        ("code", 'save_claim(profile, "cost", x, N, part="PRO/time")'),
+        ("code", 'save_claim(profile, "cost", x, N,\n           part="DPO/time")'),
+    ]
+    (tmp_path / "notebooks").mkdir()
+    cells = [{"cell_type": kind, "source": source.splitlines(keepends=True)} for kind, source in sources]
+    (tmp_path / "notebooks" / "04_mine.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+
+
 def test_a_row_has_both_numbers_the_verdict_and_where_it_comes_from():
     said = {"reward-gain-PRO-D3": recorded([1.25, 0.4, 3.2, 200])}
     row = row_of(claims.page(Profile.load("smol"), PARTS, said), "reward-gain-PRO-D3")
@@ -133,7 +148,6 @@ def test_a_row_has_both_numbers_the_verdict_and_where_it_comes_from():
     assert row["ours [95 %]"] == "+1.25 [+0.4, +3.2], n = 200"
     assert row["verdict on the paper"] == "reproduced (direction)"
     assert row["published size inside?"] == "yes"
-    assert row["notebook and cell"] == "[04_evaluation, cell 7](../../notebooks/04_evaluation.ipynb)"
     assert (row["command"], row["time"]) == ("`python -m x`", "67 min on 2026-11-21")
 
 
@@ -159,20 +173,17 @@ def test_mini_judges_the_code_and_never_the_paper():
     assert "8 tables and 10 equations are not public" in page
 
 
-def test_the_cell_is_the_one_that_names_claim_and_part(tmp_path, monkeypatch):
-    sources = [
-        ("code", 'print("cost")'),
-        ("markdown", 'save_claim("cost")'),
-        ("code", 'save_claim(profile, "cost", x, N, part="PRO/time")'),
-        ("code", 'save_claim(profile, "cost", x, N,\n           part="DPO/time")'),
-    ]
-    (tmp_path / "notebooks").mkdir()
-    cells = [{"cell_type": kind, "source": source.splitlines(keepends=True)} for kind, source in sources]
-    (tmp_path / "notebooks" / "04_mine.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(store, "ROOT", tmp_path)
-    assert claims.cell_of("04_mine", "cost", "DPO/time") == 3
-    assert claims.cell_of("04_mine", "cost", "PRO/steps") is None
-    assert claims.cell_of("05_theirs", "cost") is None
+def test_the_cell_is_the_first_that_saves_claim_and_part_by_name(notebook):
+    sources = claims.code_cells("04_mine")
+    assert claims.cell_of(sources, "save_claim", "cost", "DPO/time") == 3  # markdown cells do not count
+    assert claims.cell_of(sources, "save_claim", "cost", "PRO/steps") is None
+    assert claims.code_cells("05_theirs") == []
+
+
+def test_a_row_links_to_its_cell(notebook):
+    said = {"cost / DPO/time": recorded([50.0, 40.0, 60.0, 3])}
+    row = row_of(claims.page(Profile.load("smol"), PARTS, said), "cost / DPO/time")
+    assert row["notebook and cell"] == "[04_mine, cell 3](../../notebooks/04_mine.ipynb)"
 
 
 def test_differences_list_every_setting_that_leaves_the_paper():

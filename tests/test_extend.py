@@ -1,24 +1,25 @@
 """One more reply for every list: ranked by r_train, from the SFT policy or from a real (local) chat server."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+import servers
+from servers import KEY, VERSION
 
-from deftlib import evaluate, extend, models, rewards, store, subset, train
+from deftlib import extend, generation, rewards, store, subset, train
+from deftlib.endpoint import EndpointError
 from deftlib.preferences import read, read_lists
-from deftlib.profile import Profile
+from deftlib.profile import Endpoint, Profile
+
+serve = servers.serve
 
 SHARES = {"policy": 0.4, "reward_train": 0.2, "reward_eval": 0.1, "dev": 0.1, "test": 0.2}
-KEY = "sk-not-to-be-written-anywhere"
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROOT", tmp_path)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     return tmp_path
 
 
@@ -61,14 +62,12 @@ def sft_says(monkeypatch):
     def install(said):
         asked = []
 
-        def generate(model, tokenizer, prompts, text, generation, seed, label):
-            asked.append(SimpleNamespace(generation=generation, seed=seed))
+        def replies(profile, policy, prompts, seed, settings, label):
+            asked.append(SimpleNamespace(settings=settings, seed=seed))
             return [[said(prompt)] for prompt in prompts]
 
         monkeypatch.setattr(train, "fit", lambda profile, method, seed: f"someone/{method}-seed{seed}")
-        monkeypatch.setattr(models, "load_policy", lambda path, dtype: None)
-        monkeypatch.setattr(models, "load_tokenizer", lambda path: None)
-        monkeypatch.setattr(evaluate, "generate", generate)
+        monkeypatch.setattr(generation, "replies", replies)
         return asked
 
     return install
@@ -122,7 +121,7 @@ def test_it_is_named_sampled_and_its_card_keeps_it_from_published_numbers(profil
     assert card.startswith("# D_3-sampled:")
     assert "the SFT policy of profile `mini` (seed 7)" in card and "ranked by r_train (policy)" in card
     assert "no number made from\nthem may stand beside a published D_3 number" in card
-    settings = asked[0].generation
+    settings = asked[0].settings
     assert (settings.temperature, settings.samples, settings.max_new_tokens, asked[0].seed) == (1.0, 1, 9, 7)
 
 
@@ -189,7 +188,6 @@ def test_a_test_file_of_its_own_stays_one(tmp_path, profile, sft_says):
     [
         (lambda i: " \n ", "empty reply"),
         (lambda i: f"  another reply {i}\n", "identical replies"),
-        (lambda i: "half a pair \ud83d", "invalid Unicode"),
     ],
 )
 def test_a_reply_that_makes_no_longer_list_is_rejected_with_its_reason(profile, sft_says, capsys, said, reason):
@@ -213,71 +211,22 @@ def test_where_no_reply_is_usable_nothing_is_published(profile, sft_says, root):
 # ---- from an endpoint ----------------------------------------------------------------------------------------------
 
 
-class ChatServer:
-    """A chat server on localhost. behave(n, body): (status, reply) for the n-th request, None to hang up."""
-
-    def __init__(self, behave, port=0):
-        self.bodies, self.keys, lock = [], set(), threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    self.bodies.append(body)
-                    self.keys.add(handler.headers["Authorization"])
-                    said = (
-                        behave(len(self.bodies), body) if handler.path == "/v1/chat/completions" else (404, "no page")
-                    )
-                if said is None:
-                    return handler.connection.close()
-                message = {"role": "assistant", "content": said[1]}
-                answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
-                answer |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-                content = json.dumps(answer if said[0] == 200 else {"error": {"message": said[1]}}).encode()
-                handler.send_response(said[0])
-                handler.send_header("Content-Type", "application/json")
-                handler.send_header("Content-Length", str(len(content)))
-                handler.end_headers()
-                handler.wfile.write(content)
-
-            def log_message(handler, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.port = self.server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def stop(self):
-        self.server.shutdown()
-        self.server.server_close()
+def about(body):
+    return f"list-{number(body['messages'][0]['content'])}"
 
 
-@pytest.fixture
-def serve(monkeypatch):
-    import openai._base_client
-
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
-    servers = []
-
-    def start(behave, port=0):
-        servers.append(ChatServer(behave, port))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+def reply(body):
+    """One that names the question it answers."""
+    return f"so: {body['messages'][0]['content']}"
 
 
-def echo(n, body):
-    """A reply that names the question it answers."""
-    return 200, f"so: {body['messages'][0]['content']}"
+def chat(server, model="chat"):
+    return Endpoint(server.url, model)
 
 
 def test_an_endpoint_is_asked_once_a_list_with_the_dialogue_as_messages(profile, serve):
-    server = serve(echo)
-    folder = extend.longer_lists(profile, server.url, "org/chat", seed=3)
+    server = serve(reply=reply)
+    folder = extend.longer_lists(profile, chat(server, "org/chat"), seed=3)
     assert folder.name.startswith("D_3-org-chat-")
     rows = lines(folder / "lists.jsonl")
     assert all(f" so: Question {number(row['prompt'])}?" in row["responses"] for row in rows)
@@ -288,111 +237,74 @@ def test_an_endpoint_is_asked_once_a_list_with_the_dialogue_as_messages(profile,
     expected["messages"] = [{"role": role, "content": content} for role, content in messages]
     assert expected in server.bodies
     card = (folder / "README.md").read_text()
-    assert f"written by the model `org/chat` at {server.url}, sampled at temperature 1 with seed 3" in card
+    who = f"by the model `org/chat` at {server.url} (it calls itself `org/chat{VERSION}`)"
+    assert f"{who}, sampled at temperature 1 with seed 3" in card
 
 
 def test_another_seed_asks_again(profile, serve):
-    server = serve(echo)
-    folders = {extend.longer_lists(profile, server.url, "chat", seed=seed) for seed in (0, 1, 0)}
+    server = serve(reply=reply)
+    folders = {extend.longer_lists(profile, chat(server), seed) for seed in (0, 1, 0)}
     assert len(folders) == 2 and len(server.bodies) == 2 * len(scored_lists(profile))
 
 
 def test_no_file_holds_the_key_or_the_password_of_the_url(profile, serve, root):
-    server = serve(echo)
-    extend.longer_lists(profile, server.url.replace("//", "//me:password@"), "chat")
+    server = serve(reply=reply)
+    extend.longer_lists(profile, Endpoint(server.url.replace("//", "//me:password@"), "chat"))
     assert server.bodies
     written = b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
     assert not any(word in written for word in (KEY.encode(), b"me:password"))
 
 
-def test_a_local_server_needs_no_key(profile, serve, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    server = serve(echo)
-    extend.longer_lists(profile, server.url, "chat")
-    assert server.keys == {"Bearer no-key-needed"}
-
-
 def test_the_reply_ends_where_the_next_turn_begins(profile, serve):
-    server = serve(lambda n, body: (200, "Sure.\n\nHuman: and now?"))
-    rows = lines(extend.longer_lists(profile, server.url, "chat") / "lists.jsonl")
+    server = serve(reply=lambda body: "Sure.\n\nHuman: and now?")
+    rows = lines(extend.longer_lists(profile, chat(server)) / "lists.jsonl")
     assert all(" Sure." in row["responses"] for row in rows)
 
 
-def test_a_server_that_stumbles_is_asked_again(profile, serve):
-    tried = set()
-
-    def behave(n, body):
-        question = body["messages"][0]["content"]
-        if question in tried:
-            return echo(n, body)
-        tried.add(question)
-        return 500, "still loading"
-
-    folder = extend.longer_lists(profile, serve(behave).url, "chat")
-    assert len(lines(folder / "lists.jsonl")) == len(scored_lists(profile)) == len(tried)
-
-
 def test_answers_outlive_a_server_that_dies_midway(profile, serve, capsys):
-    dying = serve(lambda n, body: echo(n, body) if n <= 11 else None)
+    dying = serve(lambda body: "ok" if len(dying.bodies) <= 11 else "hang up", reply=reply)
     n_lists = len(scored_lists(profile))
-    with pytest.raises(extend.EndpointError, match=rf"11 of {n_lists} answers are kept: run again for the rest"):
-        extend.longer_lists(profile, dying.url, "chat")
-    (cache,) = store.build_dir("mini").glob("D_3-chat-*.partial/answers.jsonl")
+    with pytest.raises(EndpointError, match=r"\(APIConnectionError: .* 11 answers are kept: run again for the rest"):
+        extend.longer_lists(profile, chat(dying))
+    (cache,) = (store.build_dir("mini") / "kept").iterdir()
     assert len(lines(cache)) == 11
     with open(cache, "a") as file:  # killed while it wrote
-        file.write('{"id": "list-')
+        file.write('{"key": "list-')
     dying.stop()
-    alive = serve(echo, dying.port)
-    folder = extend.longer_lists(profile, alive.url, "chat")
-    assert "11 answers kept from an interrupted run" in capsys.readouterr().out
-    assert len(alive.bodies) == n_lists - 11 and len(lines(folder / "answers.jsonl")) == n_lists
+    alive = serve(reply=reply, port=dying.port)
+    folder = extend.longer_lists(profile, chat(alive))
+    assert f"11 of {n_lists} answers are kept from before" in capsys.readouterr().out
+    assert len(alive.bodies) == n_lists - 11 and len(lines(cache)) == n_lists
     rows = lines(folder / "lists.jsonl")
     assert len(rows) == n_lists
     assert all(f" so: Question {number(row['prompt'])}?" in row["responses"] for row in rows)
 
 
-def test_empty_answers_are_rejected_and_not_asked_again(profile, serve):
-    bad = scored_lists(profile)["id"][0]
-
-    def behave(n, body):
-        text = echo(n, body)[1]
-        return 200, None if f"list-{text.split()[2].rstrip('?')}" == bad else text
-
-    folder = extend.longer_lists(profile, serve(behave).url, "chat")
-    assert lines(folder / "rejects.jsonl") == [{"id": bad, "reason": "empty reply"}]
-    assert {"id": bad, "reply": ""} in lines(folder / "answers.jsonl")
-
-
-def test_a_request_refused_costs_its_list_and_too_many_stop_the_run(profile, serve):
-    profile = Profile.load("mini", {"data": {**vars(profile.data), "max_reject_share": 0.1}})
-    lists = scored_lists(profile)
-    bad = lists["id"][5]
-
-    def behave(n, body):
-        status, text = echo(n, body)
-        return (400, "content filter") if f"list-{text.split()[2].rstrip('?')}" == bad else (status, text)
-
-    folder = extend.longer_lists(profile, serve(behave).url, "chat")
-    assert lines(folder / "rejects.jsonl") == [{"id": bad, "reason": "refused by the endpoint"}]
-    server = serve(lambda n, body: (400, f"no such option; you are {KEY}"))
-    with pytest.raises(extend.EndpointError) as caught:
-        extend.longer_lists(profile, server.url, "chat")
-    assert f"8 of {len(lists)} lists refused, the last: BadRequestError" in str(caught.value)
-    assert KEY not in str(caught.value) and len(server.bodies) == 8
+@pytest.mark.parametrize("trouble, reason", [("empty", "empty text"), ("400", "BadRequest"), ("500", "Internal")])
+def test_an_answer_that_fails_costs_its_list_and_is_not_asked_for_again(profile, serve, trouble, reason):
+    bad = scored_lists(profile)["id"][5]
+    server = serve(lambda body: trouble if about(body) == bad else "ok", reply=reply)
+    folder = extend.longer_lists(profile, chat(server))
+    (reject,) = lines(folder / "rejects.jsonl")
+    assert reject["id"] == bad and reject["reason"].startswith(reason)
+    n_asked = len(server.bodies)
+    assert extend.longer_lists(profile, chat(server)) == folder and len(server.bodies) == n_asked
 
 
-def test_a_wrong_url_or_model_is_one_sentence(profile, serve):
-    server = serve(lambda n, body: (404, "the model nobody does not exist"))
-    with pytest.raises(extend.EndpointError, match=r"^http://127.*: NotFoundError: .*nobody does not exist"):
-        extend.longer_lists(profile, server.url, "nobody")
-    with pytest.raises(extend.EndpointError, match=r"NotFoundError: .*no page"):
-        extend.longer_lists(profile, server.url.removesuffix("/v1"), "chat")
+def test_too_many_failures_publish_nothing(profile, serve):
+    bad = set(scored_lists(profile)["id"][:3])
+    server = serve(lambda body: "400" if about(body) in bad else "ok", reply=reply)
+    strict = Profile.load("mini", {"data": {**vars(profile.data), "max_reject_share": 0.1}})
+    with pytest.raises(EndpointError, match=rf"^3 of {len(scored_lists(profile))} requests have no answer \(BadReq"):
+        extend.longer_lists(strict, chat(server))
+    generous = Profile.load("mini", {"data": {**vars(profile.data), "max_reject_share": 0.2}})
+    assert len(lines(extend.longer_lists(generous, chat(server)) / "rejects.jsonl")) == 3
 
 
-def test_without_the_openai_package_the_error_names_the_extra(profile, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    with pytest.raises(extend.EndpointError, match=r"pip install 'deftlib\[endpoint\]'"):
-        extend.longer_lists(profile, "http://127.0.0.1:9/v1", "chat")
+def test_a_wrong_url_is_one_sentence(profile, serve):
+    server = serve()
+    with pytest.raises(EndpointError, match=r"^http://127.*: NotFoundError: .*; does the URL end in /v1"):
+        extend.longer_lists(profile, Endpoint(server.url.removesuffix("/v1"), "chat"))
 
 
 # ---- command -------------------------------------------------------------------------------------------------------

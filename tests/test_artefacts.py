@@ -1,0 +1,127 @@
+"""Every table, figure and claim has a cell that makes it, and none of them is orphaned."""
+
+import ast
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from deftlib import claims, report
+from deftlib.profile import Profile
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+MEASURED = [path for path in sorted((ROOT / "figures").glob("*")) if path.name in ("smol", "gpu", "paper")]
+PARTS = claims.parts(report.published())
+SAVERS = {"save_table": ("csv", "md", "tex"), "save_figure": ("csv", "pdf", "png"), "save_claim": ()}
+BESIDE = {"claims.json", "claims.md", "differences.md", "profile.yaml", "provenance.json"}  # of no single cell
+
+# What both versions of the paper show, and the one name it has here.
+OF_THE_PAPER = {
+    "Table 1": "table1",
+    "Table 2": "table2",
+    "Table 3": "table3",
+    "Table A.1": "tableA1",
+    "Table 4, case study": "table4_case_study",
+    "Figure 1 (both versions)": "fig1",
+    "Figure 2 (final)": "fig2_final",
+    "Figure 2 (anonymous), 3 (final): refined references": "fig2_references",
+    "Figure 3 (anonymous), 4 (final): human evaluation": "fig_human",
+    "Figure 4 (anonymous): MT-Bench, radar": "fig4_mt_bench",
+    "Figure 4 (anonymous): MT-Bench, averages": "fig4_mt_bench_bar",
+    "Figure 5 left (final)": "fig5_left",
+    "Figure 5 right (final)": "fig5_right",
+    "human evaluation in numbers": "table_human",
+    "MT-Bench in numbers": "table_mt_bench",
+    "training time": "table_time",
+}
+
+
+def calls(source):
+    """[(function, name argument)] of the calls in a cell that save something; the argument is an ast node."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        function = getattr(node, "func", None)
+        name = getattr(function, "attr", getattr(function, "id", None))
+        if name in SAVERS:
+            given = [keyword.value for keyword in node.keywords if keyword.arg in ("name", "claim")]
+            found.append((name, (node.args[1:2] or given)[0]))
+    return found
+
+
+def saved_in(notebook):
+    return [call for source in claims.code_cells(notebook) for call in calls(source)]
+
+
+def makers(*functions):
+    """[(name, notebook)] of every table, figure or claim that a cell saves."""
+    return [
+        (argument.value, notebook)
+        for notebook in NOTEBOOKS
+        for function, argument in saved_in(notebook)
+        if function in functions and isinstance(argument, ast.Constant)
+    ]
+
+
+MADE = dict(makers("save_table", "save_figure"))
+
+
+def test_calls_are_found_however_they_are_written():
+    source = (
+        'report.save_table(p, "a", f)\nsave_figure(p, name="b", fig=g)\nsave_claim(p, f"c{x}", i, N)\nprint(save_table)'
+    )
+    assert [(function, getattr(name, "value", None)) for function, name in calls(source)] == [
+        ("save_table", "a"), ("save_figure", "b"), ("save_claim", None)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_names_are_literals_so_that_a_reader_can_search_for_them(notebook):
+    for function, name in saved_in(notebook):
+        assert isinstance(name, ast.Constant), f"{notebook}: {function}({ast.unparse(name)})"
+
+
+def test_no_two_cells_write_one_table_or_figure():
+    written = Counter(name for name, _ in makers("save_table", "save_figure"))
+    assert [name for name, times in written.items() if times > 1] == []
+
+
+@pytest.mark.parametrize(("shown", "name"), OF_THE_PAPER.items(), ids=OF_THE_PAPER.values())
+def test_what_the_paper_shows_has_a_cell_that_makes_it(shown, name):
+    assert name in MADE, f"no cell makes {shown}"
+
+
+@pytest.mark.parametrize("part", PARTS, ids=[part.name for part in PARTS])
+def test_every_part_of_every_claim_has_a_cell_that_records_it_in_one_notebook(part):
+    named = [claims.cell_of(claims.code_cells(n), "save_claim", part.claim, part.part) for n in NOTEBOOKS]
+    assert sum(number is not None for number in named) == 1, dict(zip(NOTEBOOKS, named))
+
+
+def test_no_cell_records_a_claim_that_is_none():
+    assert {claim for claim, _ in makers("save_claim")} <= {part.claim for part in PARTS}
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_every_committed_file_has_a_cell_that_makes_it(folder):
+    files = {path for path in folder.iterdir() if path.name not in BESIDE}
+    assert {path.stem for path in files} - MADE.keys() == set()
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_a_committed_table_or_figure_is_whole_and_has_its_provenance(folder):
+    provenance = json.loads((folder / "provenance.json").read_text())
+    kinds = {argument.value: SAVERS[f] for n in NOTEBOOKS for f, argument in saved_in(n) if SAVERS[f]}
+    stems = {path.stem for path in folder.iterdir() if path.name not in BESIDE}
+    assert stems == provenance.keys()
+    for stem in stems & kinds.keys():
+        assert tuple(sorted(path.suffix[1:] for path in folder.glob(f"{stem}.*"))) == kinds[stem]
+        assert provenance[stem]["notebook"] == MADE[stem]
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_the_committed_pages_are_those_of_the_committed_claims(folder):
+    """After an edit that moves cells or rewords a claim: `report.write_claims(Profile.load("smol"))`."""
+    profile, recorded = Profile.load(folder.name), report.recorded_claims(folder / "claims.json")
+    assert (folder / "claims.md").read_text() == claims.page(profile, PARTS, recorded)
+    assert (folder / "differences.md").read_text() == claims.differences(profile)
