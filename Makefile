@@ -23,8 +23,8 @@ paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
 # What each notebook runs, directly or not; tests/test_makefile.py holds this against the imports.
 modules = $(patsubst %,deftlib/%.py,__init__ $(1))
 PURE := grading distribution losses
-DATA := profile store report preferences sources mini_world loop models intervals rewards subset grading distribution
-$(OUT)/00_walkthrough.ipynb: $(call modules,profile store report $(PURE))
+DATA := profile store report claims preferences sources mini_world loop models intervals rewards subset grading distribution
+$(OUT)/00_walkthrough.ipynb: $(call modules,profile store report claims intervals $(PURE))
 $(OUT)/01_grading.ipynb: $(call modules,$(DATA))
 $(OUT)/02_distribution.ipynb: $(call modules,$(DATA))
 TRAIN := $(DATA) losses guidance train endpoint generation evaluate

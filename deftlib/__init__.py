@@ -5,6 +5,7 @@ Read the notebooks first; they call these modules, and imports point down this l
     run           execute one notebook headless, publish it atomically
     site          executed notebooks, tables and figures as static pages
     report        tables, figures and verdicts -> figures/<profile>/
+    claims        what the paper claims, the rule of verdicts, the page of them
     human_eval    blind pairs, a rating page, win rates and agreement
     mt_bench      questions, judge, scores
     mini_bench    MT-Bench's format in the mini world, with a judge by rule

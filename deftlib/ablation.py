@@ -11,9 +11,10 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 
-from deftlib import mini_world, store, subset, train
+from deftlib import evaluate, mini_world, store, subset, train
 
 PRINTED_OMEGA = {"deft-pro": 2.5e-5, "deft-dpo": 2.5e-6}  # A.1
 
@@ -81,11 +82,9 @@ def volumes(profile, method, seed=0):
     where lists have more than two responses; random lists train under the q_diff of the level A beside them. The last
     point is "without D_A" of `controls`, under the profile's q_diff.
     """
-    grading = profile.training.gradings[0]
-    name = {"reward": "top", "distribution": "keep"}[grading]
-    own = getattr(profile.grading, name)
+    name = share_name(profile)
     runs = {"level A": {}, "random lists": {}}
-    for share in sorted({own, *profile.ablation.tops}):
+    for share in sorted({getattr(profile.grading, name), *profile.ablation.tops}):
         variant = with_grading(profile, **{name: share})
         runs["level A"][share] = train.fit(variant, method, seed)
         runs["random lists"][share] = train.fit(variant, method, seed, lists=random_lists(variant, draw=seed))
@@ -103,7 +102,7 @@ def bottoms(profile, method, seed=0):
 
 
 def lengths(profile, method, seed=0):
-    """{l: policy folder}: level A with `ablation.lengths` responses a list, everything else the same, q_diff included."""
+    """{l: policy folder}: level A with `ablation.lengths` responses a list; all else is the same, q_diff included."""
     grading = profile.training.gradings[0]
     found = {len(responses) for responses in subset.graded(profile, grading).level_a["responses"]}
     return {
@@ -112,9 +111,29 @@ def lengths(profile, method, seed=0):
     }
 
 
+def share_name(profile):
+    """The key of `grading` that says how large level A is: "top" where reward grades first, "keep" where R_dis does."""
+    return {"reward": "top", "distribution": "keep"}[profile.training.gradings[0]]
+
+
 def with_grading(profile, **changes):
     """The profile with other `grading` settings; its results stand beside the profile's own, under their own keys."""
     return dataclasses.replace(profile, grading=dataclasses.replace(profile.grading, **changes))
+
+
+def compared(frames, baseline, score):
+    """`evaluate.compare` of {name: `replies` of each seed}, and what a reward can be bought with.
+
+    baseline: the name that paired differences are taken to. score: as `evaluate.by_prompt` takes it. Adds r_eval
+    (100 * mean sigmoid), words a reply and, in the mini world, unknown: the share of unknown sentences in per cent.
+    """
+    table = evaluate.compare({name: evaluate.by_prompt(f, score) for name, f in frames.items()}, baseline)
+    every = {name: pd.concat(of_seeds) for name, of_seeds in frames.items()}
+    table["r_eval"] = [evaluate.sigmoid_reward(frame["reward"]).mean() for frame in every.values()]
+    table["words"] = [frame["words"].mean() for frame in every.values()]
+    if all("unknown" in frame for frame in every.values()):
+        table["unknown (%)"] = [100 * frame["unknown"].mean() for frame in every.values()]
+    return table.drop(columns=["seeds", "prompts"]).join(table[["seeds", "prompts"]])
 
 
 # ---- choices of lists --------------------------------------------------------------------------------------------

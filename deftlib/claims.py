@@ -9,6 +9,7 @@ Pure but for the files of the project it reads; `report.save_claim` writes.
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections import Counter
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def parts(published):
 
     published: `report.published()`. Raises ValueError where data/claims.yaml and it disagree about what is claimed.
     """
-    explained = yaml.safe_load((store.ROOT / "data" / "claims.yaml").read_text(encoding="utf-8"))
+    explained = _explained((store.ROOT / "data" / "claims.yaml").read_text(encoding="utf-8"))
     claimed = [(version, claim) for version in ("anonymous", "final") for claim in published[version]["claims"]]
     unlike = {claim["id"] for _, claim in claimed} ^ explained.keys()
     if unlike:
@@ -60,6 +61,11 @@ def parts(published):
                 part["direction"] = 1 if part["published"] > part["no_effect"] else -1
             found.append(Part(claim["id"], name, version, claim["text"], **part))
     return found
+
+
+@functools.cache
+def _explained(text):
+    return yaml.safe_load(text)  # slow, and asked for with every claim
 
 
 def _printed(published):
@@ -127,7 +133,7 @@ def page(profile, parts, recorded):
     order = (REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_TESTED)
     paragraphs = [
         f"# Claims of the paper, profile {profile.name}" + ": a verdict on the code, never on the paper" * is_mini,
-        f"{profile.about}.",
+        f"{profile.about[0].upper()}{profile.about[1:]}.",
         f"Of {len(rows)} parts: " + ", ".join(f"{counts[said]} {said}" for said in order) + ".",
         RULE + " " + (POINTS_OF_MINI if is_mini else POINTS),
         NOT_PUBLIC,

@@ -231,7 +231,7 @@ def agreement(ratings):
             row["agreement"] = 100 * (shared * (shared - 1)).sum() / (shared.sum(1) * (shared.sum(1) - 1)).sum()
         varied = (shared.sum(0) > 0).sum() > 1
         for name, level in (("alpha", "nominal"), ("alpha (ordinal)", "ordinal")):
-            row[name] = krippendorff.alpha(value_counts=shared, level_of_measurement=level) if varied else math.nan
+            row[name] = krippendorff.alpha(value_counts=shared, level_of_measurement=level) if len(shared) else math.nan
         rows[aspect] = row
     return pd.DataFrame.from_dict(rows, "index").rename_axis("aspect")
 
@@ -271,7 +271,7 @@ class RatingPage(widgets.VBox):
         self.answers = self._blank()
         self.rater = widgets.Text(description="rater", placeholder="your name, then Enter", continuous_update=False)
         self.status, self.pair = widgets.HTML(), widgets.HTML()
-        self.progress = widgets.IntProgress(max=len(sheet), layout={"width": "100%"})
+        self.progress = widgets.IntProgress(max=len(sheet), layout={"width": "auto"})
         self.back, self.forward = (widgets.Button(description=text) for text in ("Back", "Next"))
         self.buttons = {(q, a): widgets.Button(description=LABELS[a]) for q in ASPECTS for a in ANSWERS}
         self.rater.observe(lambda change: self.begin(), "value")
@@ -359,6 +359,7 @@ def _complete(answers):
 
 def _pair_html(row):
     """Prompt and replies as text: HTML that a model wrote is shown, not obeyed."""
-    prompt, *replies = (html.escape(row[name].strip()) for name in ("prompt", "reply_1", "reply_2"))
+    asked = row["prompt"].strip().removesuffix("Assistant:")
+    prompt, *replies = (html.escape(said.strip()) for said in (asked, row["reply_1"], row["reply_2"]))
     boxes = [f'<div style="{BOX}; flex: 1 1 0"><b>Reply {k}</b>\n{said}</div>' for k, said in enumerate(replies, 1)]
     return f'<div style="{BOX}">{prompt}</div><div style="display: flex; gap: 12px">{"".join(boxes)}</div>'

@@ -313,11 +313,11 @@ def pairwise(profile, bench, said, name, baseline):
 
 
 def ratings(judged):
-    """One row per answer: the median of its ratings with the interval that holds 95 % of them, and how many failed."""
+    """One row per answer: the median of its ratings with the interval of 95 % of them, and how many are missing."""
     keys = ["model", "question_id", "category", "turn"]
     rated = judged.groupby(keys, sort=False)["rating"]
     frame = pd.DataFrame({"rating": rated.median(), "low": rated.quantile(0.025), "high": rated.quantile(0.975)})
-    frame["failed"] = rated.size() - rated.count()
+    frame["missing"] = rated.size() - rated.count()
     kept = [column for column in ("words", "cut") if column in judged]
     return frame.join(judged.groupby(keys, sort=False)[kept].first()).reset_index()
 
@@ -335,7 +335,7 @@ def difference(rated, model, baseline, turn=None, column="rating"):
 
 
 def score_table(rated, column="rating"):
-    """Row per model: mean by category, by turn and over both with its 95 % interval over questions, n, failed.
+    """Row per model: means by category and turn, over both with a 95 % interval over questions, judgments missing.
 
     "all" rests on the questions whose two turns were rated; the mean of nothing is missing (NaN).
     """
@@ -347,13 +347,13 @@ def score_table(rated, column="rating"):
         row = {category: of_category[category] for category in CATEGORIES if category in of_category}
         row |= {f"turn {turn}": mine[mine["turn"] == turn][column].mean() for turn in (1, 2)}
         row |= dict(zip(("all", "low", "high", "questions"), interval))
-        rows[name] = row | {"failed": int(mine["failed"].sum())}
+        rows[name] = row | {"missing": int(mine["missing"].sum())}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
 def labelled(table, profile):
-    """A score table to show: cells without a score say that no judge is configured, or that every judgment failed."""
-    return table.astype(object).where(table.notna(), "all failed" if judge_name(profile) else NO_JUDGE)
+    """A score table to show: where there is no score, it says that there is no judge, or that all are missing."""
+    return table.astype(object).where(table.notna(), "all missing" if judge_name(profile) else NO_JUDGE)
 
 
 def aggregate(path):
@@ -390,10 +390,10 @@ def main(arguments=None):
         parser.exit(2, f"error: {error}\n")
     table = labelled(score_table(ratings(judged)), profile)
     print(f"\njudge: {judged['judge'].iloc[0]}\n{table.to_string(float_format='{:.2f}'.format)}")
-    failed = judged[judged["rating"].isna()]
-    for reason, count in failed["reason"].value_counts().items():
+    missing = judged[judged["rating"].isna()]
+    for reason, count in missing["reason"].value_counts().items():
         print(f"{count} of {len(judged)} judgments missing: {reason}")
-    return 1 if len(failed) else 0
+    return 1 if len(missing) else 0
 
 
 if __name__ == "__main__":

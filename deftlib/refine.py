@@ -41,12 +41,7 @@ def references(profile, parts):
     EndpointError if it stopped answering or failed for more than `data.max_reject_share` of the rows; what it answered
     is kept in `build/<profile>/kept/`.
     """
-    who, refiner = refiner_name(profile), profile.evaluation.refiner
-    if who is None:
-        raise ValueError(
-            f"profile {profile.name!r} names no refiner: set evaluation.refiner.url and evaluation.refiner.model to an "
-            "OpenAI-compatible server and a model there"
-        )
+    who, refiner = _refiner(profile), profile.evaluation.refiner
     key = {"refiner": [who, endpoint.without_password(refiner.url)], "prompt": PROMPT, "parts": store.digest(parts)}
     key |= {"world": store.digest(mini_world.FOLDER / "world.yaml")} if who == WORLD else {"max_tokens": MAX_TOKENS}
 
@@ -76,6 +71,16 @@ def refiner_name(profile):
     return WORLD if profile.data.source == "mini" else None
 
 
+def _refiner(profile):
+    who = refiner_name(profile)
+    if who is None:
+        raise ValueError(
+            f"profile {profile.name!r} names no refiner: set evaluation.refiner.url and evaluation.refiner.model to an "
+            "OpenAI-compatible server and a model there"
+        )
+    return who
+
+
 def refine_request(prompt, reference):
     """The chat request that asks for a rewritten reference: one message of the user, at temperature 0."""
     text = PROMPT.format(dialogue=prompt.strip().removesuffix("Assistant:").strip(), reference=reference.strip())
@@ -94,32 +99,35 @@ def _ask(profile, frame):
 
 
 def _card(profile, who, versions, frame, n_failed):
-    """The data card: who refined, how, how many failed, what changed, and whose texts these are."""
-    url = endpoint.without_password(profile.evaluation.refiner.url)
-    named = ", ".join(f"`{version}`" for version in versions)
-    by = f"the model `{who}` at {url} (it calls itself {named}), at temperature 0" if versions else f"{who}: no model"
+    """The data card: who refined and how, how many failed, what changed, what the texts may be used for."""
     words = {name: frame[name].str.split().str.len().mean() for name in ("original", "refined")}
     same = (frame["original"].str.strip() == frame["refined"].str.strip()).sum()
-    prompt = PROMPT.format(dialogue="<the dialogue>", reference="<y_1>") if versions else "none: the answer is computed"
+    if who == WORLD:
+        how = f"""The refiner is {who}: a reply of true reward 100, computed and not asked of a model. It shows that the
+machinery works and says nothing about the paper. All texts are this project's own, under its licence."""
+    else:
+        url, named = endpoint.without_password(profile.evaluation.refiner.url), ", ".join(f"`{v}`" for v in versions)
+        how = f"""The refiner is the model `{who}` at {url} (it calls itself {named}),
+asked at temperature 0 with the prompt below, which is ours. **The paper's references were refined by ChatGPT with a
+prompt that is not published: a number made from these stands beside the paper's only with that difference named.**
+
+```text
+{PROMPT.format(dialogue="<the dialogue>", reference="<y_1>")}
+```
+
+Prompts and originals have the licence of their source; the refined texts fall under the terms of the model that wrote
+them, which may not allow training on them. HH-RLHF contains offensive text."""
     return f"""# Refined reference answers
 
 Made by `deftlib.refine` from the test part of `{profile.data.source}`, profile `{profile.name}`: {len(frame)} rows of
 id, subset, prompt, original (`y_1`, the annotators' choice) and refined. {n_failed} failed and are left out
-(`rejects.jsonl`); {same} came back unchanged. Words a reference, mean: {words["original"]:.1f} original,
+(`rejects.jsonl`); {same} came back unchanged. Mean words of a reference: {words["original"]:.1f} original,
 {words["refined"]:.1f} refined.
 
-Refined by {by}. **The paper's references were refined by ChatGPT with a prompt that is not published: a number made
-from these stands beside the paper's only with that difference named.** A reference also carries its writer's style, so
-BLEU against it favours policies that write alike. The prompt, ours:
+They are for measuring, not for training. To compare fairly, score both references on the rows of `references.parquet`
+alone. A reference carries its writer's style, so BLEU against it favours policies that write alike.
 
-```text
-{prompt}
-```
-
-To compare fairly, score both references on the rows of `references.parquet` alone.
-
-Prompts and originals have the licence of their source; the refined texts fall under the terms of the model that wrote
-them, which may not allow training on them. They are for measuring, not for training. HH-RLHF contains offensive text.
+{how}
 """
 
 
@@ -130,6 +138,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         profile = Profile.load(args.profile, dict(Profile.override(text) for text in args.set))
+        _refiner(profile)  # if there is none, say so before the lists are read, which may take minutes
         print(references(profile, subset.parts(profile)))
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

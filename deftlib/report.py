@@ -170,21 +170,23 @@ def _markdown(text, marks):
     """A Markdown table; the levels of a column's name stand below each other."""
     shown = _marked(text, marks, _escaped_markdown, best="**{}**", second="<u>{}</u>")
     shown.columns = [_joined(column, "<br>") for column in shown.columns]
-    sides = ["left"] * shown.index.nlevels + ["right" if side == "r" else "left" for side in _sides(text)]
+    sides = ["left"] * shown.index.nlevels
+    sides += ["right" if _has_number(text.iloc[:, j]) else "left" for j in range(text.shape[1])]
     return shown.reset_index().to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
 def _latex(text, marks, title, label):
-    """A LaTeX table (booktabs, multirow); the outer level of a column's name spans the inner ones."""
+    """A LaTeX table (booktabs, multirow); the outer level of a column's name spans the inner ones, long text wraps."""
     shown = _marked(text, marks, _escaped_latex, best=r"\textbf{{{}}}", second=r"\underline{{{}}}")
-    sides = "l" * shown.index.nlevels + "".join(_sides(text))
-    options = {"caption": _escaped_latex(title), "label": label, "column_format": sides, "multicolumn_format": "c"}
-    return shown.to_latex(escape=False, **options)
+    sides = ["l"] * shown.index.nlevels
+    for column in (text.iloc[:, j] for j in range(text.shape[1])):
+        sides.append("p{4cm}" if column.str.len().max() > 60 else "r" if _has_number(column) else "l")
+    options = {"column_format": "".join(sides), "multicolumn_format": "c"}
+    return shown.to_latex(escape=False, caption=_escaped_latex(title), label=label, **options)
 
 
-def _sides(text):
-    """ "r" for a column that holds a number, else "l"."""
-    return ["r" if text.iloc[:, j].map(_NUMBER.fullmatch).any() else "l" for j in range(text.shape[1])]
+def _has_number(column):
+    return column.map(_NUMBER.fullmatch).any()
 
 
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")

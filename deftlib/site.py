@@ -18,6 +18,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
+from traitlets.config import Config
 
 from deftlib import claims, store
 from deftlib.profile import Profile, ProfileError
@@ -25,7 +26,7 @@ from deftlib.profile import Profile, ProfileError
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 INJECTED = "injected-parameters"  # papermill's tag of the cell with this run's parameters
 WIDGET = "*Here stands something to click on: open this notebook in JupyterLab (`make lab`).*"
-LOADING = {"script", "link", "img", "iframe", "embed", "object", "source", "audio", "video"}  # tags that fetch by themselves
+FETCHING = {"script", "link", "img", "iframe", "embed", "object", "source", "audio", "video"}  # tags, unasked
 
 
 class SiteError(RuntimeError):
@@ -65,8 +66,8 @@ def build(profile):
 
 def executed(folder):
     """{name: notebook} of the finished copies in a folder; code cells are numbered as in the committed notebook."""
-    names = [path for path in sorted(folder.glob("*.ipynb")) if re.fullmatch(r"\w+", path.stem)]  # no .failed, -custom
-    notebooks = {path.stem: nbformat.read(path, as_version=4) for path in names}
+    paths = [path for path in sorted(folder.glob("*.ipynb")) if re.fullmatch(r"\w+", path.stem)]  # no .failed, -custom
+    notebooks = {path.stem: nbformat.read(path, as_version=4) for path in paths}
     for notebook in notebooks.values():
         for cell in notebook.cells:
             if INJECTED in cell.metadata.get("tags", []):
@@ -84,17 +85,21 @@ def _code_cells(notebook):
 
 def title_of(notebook):
     """The first heading of a notebook."""
-    return re.search(r"^# +(.+)$", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)[1]
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    found = re.search(r"^# +(.+)$", text, re.MULTILINE)
+    return found[1] if found else "untitled"
 
 
 def to_html(text, notebooks):
     """Markdown as HTML: formulas as MathML, links to notebooks and to files of the project as links from the site."""
-    renderer = _Renderer(escape=False)
-    renderer.pages = notebooks
-    return MarkdownWithMath(renderer=renderer).render(text)
+    return MarkdownWithMath(renderer=_Renderer(notebooks)).render(text)
 
 
 class _Renderer(IPythonRenderer):
+    def __init__(self, notebooks):
+        super().__init__(escape=False)
+        self.notebooks = notebooks
+
     def inline_math(self, body):
         return convert(body)
 
@@ -103,7 +108,7 @@ class _Renderer(IPythonRenderer):
 
     def link(self, text, url, title=None):
         name, is_notebook, _ = url.rpartition("/")[2].partition(".ipynb")
-        if is_notebook and name in self.pages:
+        if is_notebook and name in self.notebooks:
             number = re.search(r", cell (\d+)$", text)  # as claims.md writes it
             url = _address(name, number and number[1])
         elif url == "differences.md":
@@ -120,11 +125,11 @@ def _address(name, number):
 class _Exporter(HTMLExporter):
     """nbconvert's `basic` template: cells without the page around them that loads scripts from a CDN."""
 
-    pages = ()
+    notebooks = ()
 
     @pass_context
     def markdown2html(self, context, source):
-        return to_html(source, self.pages)
+        return to_html(source, self.notebooks)
 
 
 def _cells(notebook, made, notebooks):
@@ -136,10 +141,9 @@ def _cells(notebook, made, notebooks):
         for output in cell.get("outputs", []):
             if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
                 output["data"] = nbformat.from_dict({"text/markdown": WIDGET})
-    exporter = _Exporter(template_name="basic")
-    exporter.config.NbConvertBase.display_data_priority = SHOWN
-    exporter.config.CoalesceStreamsPreprocessor.enabled = True
-    exporter.pages = notebooks
+    config = {"NbConvertBase": {"display_data_priority": SHOWN}, "CoalesceStreamsPreprocessor": {"enabled": True}}
+    exporter = _Exporter(template_name="basic", config=Config(config))
+    exporter.notebooks = notebooks
     return exporter.from_notebook_node(notebook)[0]
 
 
@@ -153,10 +157,11 @@ def _overview(profile, figures, made, notebooks):
         known = notebooks.get(name)
         sources = [cell.source for cell in _code_cells(known)] if known else []
         cells = {each: _saving(sources, each) for each in made if made[each]["notebook"] == name}
-        heading = f'<a href="{name}.html">{escape(title_of(known))}</a>' if known else f"{name} (not executed here)"
+        heading = f'<a href="{name}.html">{escape(title_of(known))}</a>' if known else f"{name}, not executed here"
         parts.append(f"<h2>{heading}</h2>")
         for each in sorted(cells, key=lambda each: cells[each] or 0):
-            where = f'<a href="{_address(name, cells[each])}">cell {cells[each] or "?"}</a>' if known else name
+            cell = f"cell {cells[each]}" if cells[each] else name
+            where = f'<a href="{_address(name, cells[each])}">{cell}</a>' if known else name
             parts.append(_artefact(each, made[each]["title"], figures, where, notebooks))
     return "\n".join(parts)
 
@@ -186,30 +191,42 @@ def _page(name, titles, body, made):
     before = f"← {links[order[at - 1]]}" if at else ""
     after = f"{links[order[at + 1]]} →" if at + 1 < len(order) else ""
     last = max(made.values(), key=lambda entry: entry["created"])
-    state = f"commit {last['git']['commit'][:10]}{' with changes' * last['git']['dirty']}" if last["git"] else "no commit"
-    return PAGE.format(
-        title=escape(titles[name]),
-        navigation=here,
-        body=body,
-        before=before,
-        after=after,
-        made=f"{last['created'][:10]}, {state}, {last['device']}, {last['cores']} cores, Python {last['python']}",
-    )
+    git = last["git"] or {"commit": "unknown", "dirty": False}
+    state = f"commit {git['commit'][:10]}" + " with changes" * git["dirty"]
+    machine = f"{last['device']}, {last['cores']} cores, Python {last['python']}"
+    about = {"title": escape(titles[name]), "made": f"{last['created'][:10]}, {state}, {machine}"}
+    return PAGE.format(navigation=here, body=body, before=before, after=after, **about)
 
 
 def foreign(page):
-    """What an HTML page would fetch from elsewhere or run, by address; [] for one that works offline."""
-    found = []
+    """What an HTML page would run, or fetch from elsewhere without a click; [] for one that works offline."""
+    finder = _Finder(convert_charrefs=True)
+    finder.feed(page)
+    return list(finder.found)
 
-    class Finder(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag == "script":
-                found.append("a script")
-            if tag in LOADING:
-                found.extend(url for _, url in attributes if url and re.match(r"\s*(https?:)?//", url))
 
-    Finder(convert_charrefs=True).feed(page)
-    return found + re.findall(r"(?:@import|url\()\s*[\"']?((?:https?:)?//[^\"')\s]+)", page)
+class _Finder(HTMLParser):
+    found, in_style = (), False
+
+    def handle_starttag(self, tag, attributes):
+        self.in_style = tag == "style"
+        if tag == "script":
+            self.found += ("a script",)
+        for name, value in attributes:
+            if name == "style":
+                self.handle_style(value or "")
+            elif tag in FETCHING and name in ("src", "href", "data", "srcset", "poster"):
+                self.found += tuple(re.findall(r"^\s*((?:https?:)?//.*)", value or ""))
+
+    def handle_data(self, data):
+        if self.in_style:
+            self.handle_style(data)
+
+    def handle_endtag(self, tag):
+        self.in_style = False
+
+    def handle_style(self, css):
+        self.found += tuple(re.findall(r"(?:@import|url\()\s*[\"']?((?:https?:)?//[^\"')\s]+)", css))
 
 
 PAGE = """<!doctype html>
@@ -237,7 +254,8 @@ body { margin: 0; color: var(--ink); background: white; font: 17px/1.6 Charter, 
 nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; padding: 0.7rem 1.5rem; border-bottom: 1px solid var(--line);
   font: 14px/1.6 system-ui, sans-serif; position: sticky; top: 0; background: white; }
 main { max-width: 47rem; margin: 0 auto; padding: 1.5rem; }
-footer { max-width: 47rem; margin: 2rem auto; padding: 0 1.5rem; color: var(--soft); font: 13px/1.6 system-ui, sans-serif; }
+footer { max-width: 47rem; margin: 2rem auto; padding: 0 1.5rem; color: var(--soft);
+  font: 13px/1.6 system-ui, sans-serif; }
 .turn { display: flex; justify-content: space-between; border-top: 1px solid var(--line); padding-top: 0.8rem; }
 a { color: var(--blue); text-decoration: none; }
 a:hover { text-decoration: underline; }
@@ -249,11 +267,14 @@ h2 { font-size: 1.35em; }
 code, pre { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; }
 pre { margin: 0; overflow-x: auto; }
 img { max-width: 100%; height: auto; }
+math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; }
 math[display="block"] { margin: 1em 0; font-size: 1.1em; }
 blockquote { margin-left: 0; padding-left: 1em; border-left: 3px solid var(--line); }
-table { display: block; overflow-x: auto; border: 0; width: fit-content; max-width: 100%; border-collapse: collapse; margin: 1em 0;
+table { display: block; overflow-x: auto; width: fit-content; max-width: 100%; margin: 1em 0;
+  border: 0; border-collapse: collapse;
   font: 13.5px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.28em 0.7em; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: 0.28em 0.7em; text-align: left; vertical-align: top; border: 0;
+  border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; border: 0; }
 thead tr:last-child th { border-bottom: 1.5px solid var(--ink); }
 .highlight { background: none; }
@@ -269,12 +290,15 @@ thead tr:last-child th { border-bottom: 1.5px solid var(--ink); }
 figure { margin: 2em 0; scroll-margin-top: 3.5rem; }
 figcaption { font: 14px/1.5 system-ui, sans-serif; color: var(--soft); }
 figcaption b { color: var(--ink); }
-.claims > table, figure.table > table { width: max-content; max-width: min(92vw, 82rem); position: relative; left: 50%;
+.claims > table, figure.table > table { width: max-content; max-width: min(94vw, 84rem); position: relative; left: 50%;
   transform: translateX(-50%); }
-.claims td:is(:nth-child(2), :nth-child(5)) { min-width: 14rem; }
-.claims td:is(:nth-child(1), :nth-child(4), :nth-child(7)) { min-width: 9.5rem; }
-.claims td:nth-child(8) { min-width: 12rem; }
-.claims td code { font-size: 11px; }
+.claims > table { font-size: 12.5px; }
+.claims td:is(:nth-child(2), :nth-child(5)) { min-width: 13rem; }
+.claims td:is(:nth-child(1), :nth-child(4)) { min-width: 9rem; }
+.claims td:nth-child(8) { min-width: 11rem; }
+.claims td:nth-child(9) { min-width: 6rem; }
+li > a { overflow-wrap: anywhere; }
+.claims td code { font-size: 10.5px; }
 @media (max-width: 62rem) { .input .prompt { display: none; } body { font-size: 16px; } }
 @media print { nav, .turn { display: none; } main { max-width: none; } }
 """

@@ -34,6 +34,10 @@ def echo(body):
     return f"so: {body['messages'][-1]['content']}"
 
 
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 64  # of the default five, some callers would wait a second
+
+
 class ChatServer:
     """bodies: every request that arrived, in order. keys: the Authorization headers. usage: what answers report.
     most: how many slow requests were under way together at most."""
@@ -52,7 +56,7 @@ class ChatServer:
             def log_message(handler, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = Listener(("127.0.0.1", port), Handler)
         self.server.handle_error = lambda *args: None  # a client that gave up waiting is part of the test
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"

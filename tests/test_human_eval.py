@@ -460,12 +460,13 @@ def test_after_the_last_pair_comes_a_thank_you_and_the_way_back(page):
 
 def test_what_a_model_wrote_as_html_is_shown_not_obeyed(tmp_path):
     sheet = pd.DataFrame(
-        [["p1", "a < b", "<script>alert(1)</script>", "R&D"]], columns=["pair", "prompt", "reply_1", "reply_2"]
+        [["p1", "\n\nHuman: a < b\n\nAssistant:", "<script>alert(1)</script>", "R&D"]],
+        columns=["pair", "prompt", "reply_1", "reply_2"],
     )
     page = RatingPage(sheet, tmp_path)
     page.rater.value = "Ada"
     assert "<script>" not in page.pair.value
-    for text in ("a &lt; b", "&lt;script&gt;alert(1)&lt;/script&gt;", "R&amp;D"):
+    for text in (">Human: a &lt; b</div>", "&lt;script&gt;alert(1)&lt;/script&gt;", "R&amp;D"):
         assert text in page.pair.value
 
 

@@ -308,9 +308,9 @@ def test_without_a_judge_every_rating_is_missing_and_the_table_says_so(project):
     assert mt_bench.judge_name(profile) is None
     rated = mt_bench.ratings(mt_bench.judgments(profile, BENCH, {"start": answered(), "sft": answered()}))
     table = mt_bench.labelled(mt_bench.score_table(rated), profile)
-    scores = table.drop(columns=["questions", "failed"])
+    scores = table.drop(columns=["questions", "missing"])
     assert (scores == "no judge configured").all(axis=None)
-    assert list(table["failed"]) == [32, 32]
+    assert list(table["missing"]) == [32, 32]
     assert mt_bench.difference(rated, "sft", "start") is None
     assert mt_bench.score_table(rated, "words").loc["sft", "all"] == 1
 
@@ -435,7 +435,7 @@ def test_the_token_budget_ends_a_run_and_keeps_what_it_bought(serve, project, mo
 def test_the_command_exits_with_0_when_all_is_judged(project, monkeypatch, capsys):
     assert run_command(monkeypatch, "--profile", "mini") == 0
     printed = capsys.readouterr().out
-    assert f"judge: {mini_bench.JUDGE}" in printed and "missing" not in printed
+    assert f"judge: {mini_bench.JUDGE}" in printed and "judgments missing" not in printed
 
 
 def test_the_command_exits_with_1_when_there_is_no_judge(project, monkeypatch, capsys):
@@ -524,7 +524,7 @@ BY_HAND = rated_by_hand(
 def test_scores_by_category_and_turn_leave_failed_judgments_out():
     table = mt_bench.score_table(BY_HAND)
     assert list(table.columns)[:2] == ["writing", "math"]
-    expected = {"writing": 6.0, "math": 6.0, "turn 1": 22 / 3, "turn 2": 4.0, "all": 6.5, "questions": 2, "failed": 1}
+    expected = {"writing": 6.0, "math": 6.0, "turn 1": 22 / 3, "turn 2": 4.0, "all": 6.5, "questions": 2, "missing": 1}
     assert table.loc["sft", list(expected)].to_dict() == pytest.approx(expected)
     assert 6.0 <= table.loc["sft", "low"] <= 6.5 <= table.loc["sft", "high"] <= 7.0
 
@@ -541,8 +541,8 @@ def test_a_difference_pairs_the_questions_that_both_were_rated_on():
 def test_a_model_whose_judgments_all_failed_has_no_score_but_keeps_its_row():
     table = mt_bench.score_table(rated_by_hand(sft={(1, "math"): (None, None)}, dpo={(1, "math"): (5, 7)}))
     shown = mt_bench.labelled(table, Profile.load("mini"))
-    assert list(shown.loc["sft", ["math", "turn 1", "all", "low"]]) == ["all failed"] * 4
-    assert (shown.loc["sft", "failed"], shown.loc["dpo", "all"]) == (2, 6.0)
+    assert list(shown.loc["sft", ["math", "turn 1", "all", "low"]]) == ["all missing"] * 4
+    assert (shown.loc["sft", "missing"], shown.loc["dpo", "all"]) == (2, 6.0)
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from deftlib.preferences import read_lists
 from deftlib.profile import Profile
 
 serve = servers.serve
-N = 20
+N = 40
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +24,12 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def profile(tmp_path):
-    """Real preferences, as far as refining goes: twenty test lists of two replies, and no refiner yet."""
+    """Real preferences, as far as refining goes: forty test lists of two replies, and no refiner yet."""
     rows = [
         {
             "id": f"list-{i}",
             "subset": f"subset-{i % 2}",
-            "prompt": f"\n\nHuman: Hi.\n\nAssistant: What?\n\nHuman: Question {i}?\n\nAssistant:",
+            "prompt": f"\n\nHuman: Question {i}?\n\nAssistant: What?\n\nHuman: This.\n\nAssistant:",
             "responses": [f" answer {i}", " a worse answer"],
         }
         for i in range(N)
@@ -81,7 +81,7 @@ def test_the_refiner_sees_the_dialogue_and_the_reference_and_nothing_else(profil
     ((role, content),) = (message.values() for message in body["messages"])
     assert role == "user" and "worse" not in content
     assert content.endswith(
-        "[Dialogue]\nHuman: Hi.\n\nAssistant: What?\n\nHuman: test question 7?\n\n[Reference answer]\nanswer 7"
+        "[Dialogue]\nHuman: test question 7?\n\nAssistant: What?\n\nHuman: This.\n\n[Reference answer]\nanswer 7"
     )
 
 
@@ -99,11 +99,11 @@ def test_the_card_says_who_how_and_what_came_of_it(profile, serve):
     server = serve(lambda body: "empty" if reference(body) == "answer 3" else "ok", reply=better)
     folder, _, _ = refined(with_refiner(profile, server))
     card = (folder / "README.md").read_text()
-    assert f"the model `gpt` at {server.url} (it calls itself `gpt{VERSION}`), at temperature 0" in card
-    assert "19 rows" in card and "1 failed" in card and "0 came back unchanged" in card
+    assert f"the model `gpt` at {server.url} (it calls itself `gpt{VERSION}`),\nasked at temperature 0" in card
+    assert "39 rows" in card and "1 failed" in card and "0 came back unchanged" in card
     assert "2.0 original,\n3.0 refined" in card
     assert refine.PROMPT.format(dialogue="<the dialogue>", reference="<y_1>") in card
-    assert "a prompt that is not published" in card and "licence" in card
+    assert "a\nprompt that is not published" in card and "may not allow training on them" in card
 
 
 @pytest.mark.parametrize("trouble, reason", [("empty", "empty text"), ("400", "BadRequest"), ("500", "InternalServer")])
@@ -116,15 +116,15 @@ def test_a_failed_row_is_left_out_and_listed(profile, serve, trouble, reason):
 
 
 def test_too_many_failures_publish_nothing_and_keep_what_was_answered(profile, serve, root):
-    bad = {"answer 3", "answer 4"}
+    bad = {"answer 3", "answer 4", "answer 5"}
     server = serve(lambda body: "empty" if reference(body) in bad else "ok", reply=better)
-    with pytest.raises(EndpointError, match=r"^2 of 20 requests have no answer .* 18 answers are kept: run again"):
+    with pytest.raises(EndpointError, match=r"^3 of 40 requests have no answer .* 37 answers are kept: run again"):
         refined(with_refiner(profile, server))
     assert not list(store.build_dir("mini").glob("refined-*/manifest.json"))
     server.behaviours = ("ok",)
     asked_before = len(server.bodies)
     _, frame, rejects = refined(with_refiner(profile, server))
-    assert len(frame) == N and not rejects and len(server.bodies) == asked_before + 2
+    assert len(frame) == N and not rejects and len(server.bodies) == asked_before + 3
 
 
 def test_a_server_that_dies_is_not_taken_for_a_few_failures(profile, serve):
@@ -156,7 +156,8 @@ def test_in_the_mini_world_the_refiner_is_the_worlds_best_answer(monkeypatch, ro
     ]
     assert len(frame) == 12 and {better for _, better in earned} == {100.0}
     assert min(before for before, _ in earned) < 100
-    assert "Refined by the mini world's best answer: no model." in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "The refiner is the mini world's best answer: a reply of true reward 100" in card and "the model" not in card
     assert refine.refiner_name(profile) == refine.WORLD
 
 

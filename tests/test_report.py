@@ -162,6 +162,12 @@ def test_numbers_of_one_order_share_their_decimals_and_others_keep_four_digits(p
     assert marked(profile, tmp_path, [2.0, 5e-6, 512.5], None) == ["2", "5e-06", "512.5"]
 
 
+def test_long_text_wraps_in_latex(profile, tmp_path):
+    frame = pd.DataFrame({"reply": ["word " * 20], "n": [1], "who": ["dpo"]})
+    report.save_table(profile, "t", frame, "T", "04_evaluation")
+    assert r"\begin{tabular}{lp{4cm}rl}" in lines_of(tmp_path, "tex")
+
+
 def test_text_is_escaped_in_titles_labels_and_cells(profile, tmp_path):
     frame = pd.DataFrame({"50 % & |x|": ["a_b <c>\n{d}"]}, index=pd.Index(["ω = 0"], name="m_1"))
     report.save_table(profile, "t", frame, "95 % of R_dis", "04_evaluation")
