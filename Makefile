@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
-NAMES := 00_walkthrough 01_grading 02_distribution 03_training 04_evaluation 05_mt_bench 06_ablation human_rating
+NAMES := 00_walkthrough 01_grading 02_distribution 03_training 04_evaluation 05_mt_bench 06_ablation
 
 .PHONY: paper test report lab notebooks data clean help
 .NOTPARALLEL:
@@ -20,27 +20,28 @@ NAMES := 00_walkthrough 01_grading 02_distribution 03_training 04_evaluation 05_
 paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
 	@echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"
 
-# What each notebook runs, directly or not; tests/test_makefile.py holds this against the imports.
+# What each notebook runs, directly or not; tests/test_project.py holds this against the imports.
 modules = $(patsubst %,deftlib/%.py,__init__ $(1))
-PURE := grading distribution losses
-DATA := profile store report claims preferences sources mini_world loop models intervals rewards subset grading distribution
-$(OUT)/00_walkthrough.ipynb: $(call modules,profile store report claims intervals $(PURE))
-$(OUT)/01_grading.ipynb: $(call modules,$(DATA))
-$(OUT)/02_distribution.ipynb: $(call modules,$(DATA))
-TRAIN := $(DATA) losses guidance train endpoint generation evaluate
-$(OUT)/03_training.ipynb: $(call modules,$(TRAIN))
-$(OUT)/04_evaluation.ipynb: $(call modules,$(TRAIN) refine human_eval)
-$(OUT)/05_mt_bench.ipynb: $(call modules,$(TRAIN) mini_bench mt_bench)
-$(OUT)/06_ablation.ipynb: $(call modules,$(TRAIN) ablation)
-$(OUT)/human_rating.ipynb: $(call modules,$(TRAIN) human_eval)
+DATA := profile store preferences sources mini_world loop models intervals rewards subset grading distribution
+SHOW := profile store report claims intervals
+TRAIN := losses guidance train endpoint generation
+SCORE := metrics evaluate
+$(OUT)/00_walkthrough.ipynb: $(call modules,$(SHOW) grading distribution losses)
+$(OUT)/01_grading.ipynb: $(call modules,$(DATA) $(SHOW))
+$(OUT)/02_distribution.ipynb: $(call modules,$(DATA) $(SHOW))
+$(OUT)/03_training.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE))
+$(OUT)/04_evaluation.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) refine human_eval)
+$(OUT)/05_mt_bench.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) mini_bench mt_bench)
+$(OUT)/06_ablation.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) ablation)
+$(OUT)/human_rating.ipynb: $(call modules,$(DATA) $(TRAIN) $(SCORE) human_eval)
 
-$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/*) | $(READY)
+$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/* data/mini/*/*) | $(READY)
 	@echo "== $* ($(PROFILE))"
 	@$(BIN)/python -m deftlib.run $< --profile $(PROFILE)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-current-env $(NAMES:%=notebooks/%.ipynb)
+	$(BIN)/python -m pytest --nbval --nbval-current-env $(wildcard notebooks/*.ipynb)
 
 report: paper
 	@$(BIN)/python -m deftlib.site --profile $(PROFILE)
@@ -50,7 +51,7 @@ lab: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
-		--ExecutePreprocessor.record_timing=False $(NAMES:%=notebooks/%.ipynb)
+		--ExecutePreprocessor.record_timing=False $(wildcard notebooks/*.ipynb)
 
 data: $(READY)
 	$(BIN)/python -m deftlib.mini_world

@@ -20,9 +20,10 @@ import re
 from pathlib import Path
 
 import ipywidgets as widgets
-import krippendorff
 import numpy as np
 import pandas as pd
+from nltk.metrics.agreement import AnnotationTask
+from nltk.metrics.distance import binary_distance
 
 from deftlib import mini_world, store
 from deftlib.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
@@ -224,16 +225,29 @@ def agreement(ratings):
     """
     rows = {}
     for aspect, answers in _answers(ratings).groupby("aspect"):
-        counts = pd.crosstab(answers["pair"], answers["answer"]).reindex(columns=ANSWERS, fill_value=0).to_numpy()
-        shared = counts[counts.sum(1) > 1]
-        row = {"raters": answers["rater"].nunique(), "pairs": len(shared), "agreement": math.nan}
-        if len(shared):
-            row["agreement"] = 100 * (shared * (shared - 1)).sum() / (shared.sum(1) * (shared.sum(1) - 1)).sum()
-        varied = (shared.sum(0) > 0).sum() > 1
-        for name, level in (("alpha", "nominal"), ("alpha (ordinal)", "ordinal")):
-            row[name] = krippendorff.alpha(value_counts=shared, level_of_measurement=level) if len(shared) else math.nan
+        answers = answers[["rater", "pair", "answer"]]
+        shared = answers[answers.groupby("pair")["rater"].transform("size") > 1]
+        counts = pd.crosstab(shared["pair"], shared["answer"]).reindex(columns=ANSWERS, fill_value=0).to_numpy()
+        row = {"raters": answers["rater"].nunique(), "pairs": len(counts), "agreement": math.nan}
+        if len(counts):
+            row["agreement"] = 100 * (counts * (counts - 1)).sum() / (counts.sum(1) * (counts.sum(1) - 1)).sum()
+        of_answer = counts.sum(0)
+        for name, distance in (("alpha", binary_distance), ("alpha (ordinal)", _ordinal(of_answer))):
+            varied = (of_answer > 0).sum() > 1
+            task = AnnotationTask(list(shared.itertuples(index=False, name=None)), distance) if varied else None
+            row[name] = task.alpha() if varied else math.nan
         rows[aspect] = row
     return pd.DataFrame.from_dict(rows, "index").rename_axis("aspect")
+
+
+def _ordinal(of_answer):
+    """Krippendorff's ordinal distance of two answers. of_answer: int[3], how often each was given."""
+
+    def distance(one, other):
+        first, last = sorted((ANSWERS.index(one), ANSWERS.index(other)))
+        return float(of_answer[first : last + 1].sum() - (of_answer[first] + of_answer[last]) / 2) ** 2
+
+    return distance
 
 
 def rated_by(ratings):

@@ -156,6 +156,18 @@ def test_a_server_that_fails_from_some_point_on_is_soon_left_alone(serve, path, 
         require((texts, failures))
 
 
+def test_a_server_that_answers_now_and_then_is_asked_to_the_end(serve, path):
+    server = serve(lambda body: "ok" if number(body) % 4 == 0 else "html")
+    texts, _ = ask(at(server), requests(40), path, at_once=1)
+    assert texts == [text if i % 4 == 0 else None for i, text in enumerate(answered(40))]
+
+
+def test_what_is_kept_stands_where_nothing_more_can_be_asked(serve, path):
+    ask(at(serve()), requests(3), path)
+    texts, failures = ask(at(serve("401")), requests(4), path)
+    assert texts == [*answered(3), None] and failures[3].startswith("AuthenticationError")
+
+
 def test_refusals_do_not_stop_a_run_that_gets_answers(serve, path):
     server = serve(lambda body: "ok" if number(body) == 0 else "400")
     texts, failures = ask(at(server), requests(30), path, at_once=1)
