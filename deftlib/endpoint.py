@@ -133,7 +133,7 @@ def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
     name, budget = (endpoint.url, endpoint.model), endpoint.token_budget
     spent = f"the token budget of {budget} is spent"
     stop = spent if budget and SPENT[name] >= budget else None
-    reasons, in_a_row, in_vain = {}, 0, not any_answer
+    reasons, in_a_row, in_vain = {}, 0, not any_answer  # in vain: no answer, and never a sign that one could come
     left, under_way = deque(todo), {}
 
     def as_they_come():

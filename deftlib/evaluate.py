@@ -4,8 +4,6 @@ Each (policy, prompts, settings) is a published Parquet file of replies with the
 likelihood against the reference, length and, in the mini world, the true reward. Notebooks average them.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
@@ -24,7 +22,7 @@ def replies(profile, policy, parts, r_eval, seed=0):
     """
     spec, start = profile.reward_models.evaluate, models.start_policy(profile)
     scorer = profile.evaluation.bart or models.identity(start)
-    key = {"policy": _identity(policy), "r_eval": models.identity(r_eval), "parts": store.digest(parts)}
+    key = {"policy": generation.identity(policy), "r_eval": models.identity(r_eval), "parts": store.digest(parts)}
     key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "scorer": scorer}
     key |= {"dtype": profile.policy.dtype, "text_format": spec.text_format, "max_tokens": spec.max_tokens}
 
@@ -71,10 +69,6 @@ def headline(profile):
     if profile.data.source == "mini":
         return "true reward", "true_reward"
     return "r_eval, 100 · sigmoid", lambda frame: sigmoid_reward(frame["reward"])
-
-
-def _identity(policy):
-    return models.identity(policy) if isinstance(policy, str | Path) else vars(policy)
 
 
 def by_subset(frames, scores):

@@ -20,20 +20,19 @@ NEXT_TURN = re.compile(r"\s*(human|assistant):", re.IGNORECASE)
 
 
 def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="generating"):
-    """`settings.samples` replies of a policy to each prompt, [[reply, ...], ...], asked once per (policy, prompt, settings).
+    """`settings.samples` replies of a policy to each prompt, [[reply, ...], ...], once per (policy, prompt, settings).
 
     text, settings: the profile's `text` and `generation` unless given. What was said before is read from
     `build/<profile>/kept/`, without loading the model where nothing is missing. Raises EndpointError if a server fails.
     """
     text, settings = text or profile.text, settings or profile.generation
-    kept_in = store.build_dir(profile.name) / "kept"
     if isinstance(policy, Endpoint):
-        path = kept_in / f"{store.content_key([policy.url, policy.model])}.jsonl"
-        said = endpoint.replies_from(policy, prompts, settings, path, seed)
+        said = endpoint.replies_from(policy, prompts, settings, endpoint.kept_file(profile.name, policy), seed)
         return [[first_turn(reply) for reply in samples] for samples in said]
     spoken = {"policy": models.identity(policy), "dtype": profile.policy.dtype, "text": vars(text), "seed": seed}
     spoken |= {"settings": vars(settings), "code": store.code_digest("generation")}
-    kept = store.Kept(kept_in / f"replies-{name_of(policy)}-{store.content_key(spoken)}.jsonl")
+    name = f"replies-{name_of(policy)}-{store.content_key(spoken)}.jsonl"
+    kept = store.Kept(store.build_dir(profile.name) / "kept" / name)
     questions = numbered(prompts)
     if not all(question in kept for question in questions):
         model, tokenizer = models.load_policy(policy, profile.policy.dtype), models.load_tokenizer(policy)
@@ -94,6 +93,13 @@ def numbered(prompts):
         questions.append([prompt, seen[prompt]])
         seen[prompt] += 1
     return questions
+
+
+def identity(policy):
+    """What a policy is, for the key of a result made from its replies; of an endpoint without its password."""
+    if isinstance(policy, Endpoint):
+        return [endpoint.without_password(policy.url), policy.model]
+    return models.identity(policy)
 
 
 def name_of(policy):

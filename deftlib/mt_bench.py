@@ -147,7 +147,7 @@ def answers(profile, bench, policy, seed=0):
     limit = profile.mt_bench.max_new_tokens
     is_endpoint = isinstance(policy, Endpoint)
     name = generation.name_of(policy)
-    key = {"policy": [policy.url, policy.model] if is_endpoint else models.identity(policy), "seed": seed}
+    key = {"policy": generation.identity(policy), "seed": seed}
     key |= {"questions": bench.questions, "dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
     key["batch_size"] = profile.generation.batch_size  # a batch is seeded by what is in it
 

@@ -102,7 +102,10 @@ def test_ci_takes_its_two_commands_from_the_readme():
     assert "README.md" in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("module", ["preferences", "train", "extend", "refine", "mt_bench", "site", "run", "mini_world"])
+COMMANDS = ["preferences", "train", "extend", "refine", "mt_bench", "site", "run", "mini_world"]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 def test_every_command_explains_itself(module):
     shown = subprocess.run(
         [sys.executable, "-m", f"deftlib.{module}", "--help"], capture_output=True, text=True, cwd=ROOT
