@@ -76,20 +76,19 @@ def gradings(profile, method, seed=0):
 
 
 def volumes(profile, method, seed=0):
-    """{"level A" or "random lists": {share of the lists in per cent: policy folder}}, ending with all lists, at 100.
+    """{("level A" or "random lists", share of the lists in per cent): policy folder}, up to all lists, at 100.
 
     The shares are the profile's own and `ablation.tops`. As in the paper the levels move with a, and q_diff with them
-    where lists have more than two responses; random lists train under the q_diff of the level A beside them. The last
-    point is "without D_A" of `controls`, under the profile's q_diff.
+    where lists have more than two responses; random lists train under the q_diff of the level A beside them. Both lines
+    end in "without D_A" of `controls`, under the profile's q_diff.
     """
-    name = share_name(profile)
-    runs = {"level A": {}, "random lists": {}}
+    name, runs = share_name(profile), {}
     for share in sorted({getattr(profile.grading, name), *profile.ablation.tops}):
         variant = with_grading(profile, **{name: share})
-        runs["level A"][share] = train.fit(variant, method, seed)
-        runs["random lists"][share] = train.fit(variant, method, seed, lists=random_lists(variant, draw=seed))
+        runs["level A", share] = train.fit(variant, method, seed)
+        runs["random lists", share] = train.fit(variant, method, seed, lists=random_lists(variant, draw=seed))
     everything = train.fit(profile, method, seed, lists=subset.scored(profile) / "lists.parquet")
-    return {line: {**points, 100.0: everything} for line, points in runs.items()}
+    return {**runs, ("level A", 100.0): everything, ("random lists", 100.0): everything}
 
 
 def bottoms(profile, method, seed=0):
@@ -142,8 +141,8 @@ def compared(frames, baseline, score):
 def random_lists(profile, draw=0, grading=None):
     """Parquet file: as many lists of each subset as level A has, drawn from all of them, level A included.
 
-    grading: whose level A, and under which columns (the profile's first, if None). draw: the seed; of one draw, a
-    larger choice contains the smaller. Draw 0 is notebook 01's random choice.
+    grading: whose level A, and with whose columns (the profile's first, if None). draw: the seed; of one draw, a larger
+    choice contains the smaller. Draw 0 for grading = "distribution" is notebook 01's random choice.
     """
     graded = _graded(profile, grading)
     says = f"Random lists of level A's size, draw {draw}"

@@ -188,17 +188,22 @@ def test_both_ends_of_r_dis_are_graded_and_random_lists_get_its_q_diff(profile, 
 def test_data_volume_ends_with_all_lists_and_has_random_lists_beside_every_level_a(fitted):
     swept = Profile.load("mini", {"ablation.tops": [50.0, 5.0]})
     volumes = ablation.volumes(swept, "deft-dpo")
-    assert [list(points) for points in volumes.values()] == [[5.0, 25.0, 50.0, 100.0]] * 2
     for line, lists in (("level A", None), ("random lists", "random-draw0")):
-        runs = [fitted[folder] for folder in volumes[line].values()]
-        assert [run["lists"] for run in runs] == [lists] * 3 + ["scored"]
-        assert [run["profile"].grading.top for run in runs] == [5.0, 25.0, 50.0, 25.0]
+        runs = {share: fitted[folder] for (of, share), folder in volumes.items() if of == line}
+        assert {share: (run["profile"].grading.top, run["lists"]) for share, run in runs.items()} == {
+            5.0: (5.0, lists),
+            25.0: (25.0, lists),
+            50.0: (50.0, lists),
+            100.0: (25.0, "scored"),
+        }
 
 
 def test_where_r_dis_grades_first_the_data_volume_is_the_share_it_keeps(fitted):
     final = Profile.load("mini", {"training.gradings": ["distribution", "reward"], "ablation.tops": [10.0]})
-    runs = [fitted[folder]["profile"].grading for folder in ablation.volumes(final, "deft-dpo")["level A"].values()]
-    assert [(grading.keep, grading.top) for grading in runs] == [(10.0, 25.0), (25.0, 25.0), (25.0, 25.0)]
+    runs = {run: fitted[folder]["profile"].grading for run, folder in ablation.volumes(final, "deft-dpo").items()}
+    kept = {share: grading.keep for (line, share), grading in runs.items() if line == "level A"}
+    assert kept == {10.0: 10.0, 25.0: 25.0, 100.0: 25.0}
+    assert {grading.top for grading in runs.values()} == {25.0}
 
 
 def test_c_changes_level_c_alone(fitted):
@@ -227,12 +232,12 @@ def test_shared_runs_are_one_folder_of_train_fit(profile, monkeypatch):
     own, without = train.fit(profile, "deft-dpo"), train.fit(profile, "deft-dpo", omega=0.0)
     controls, omegas = ablation.controls(profile, "deft-dpo"), ablation.omegas(profile, "deft-dpo")
     volumes = ablation.volumes(profile, "deft-dpo")
-    assert own == controls["DEFT"] == omegas["ratio 0.03"] == volumes["level A"][25.0]
+    assert own == controls["DEFT"] == omegas["ratio 0.03"] == volumes["level A", 25.0]
     assert own == ablation.gradings(profile, "deft-dpo")["highest reward"]
     assert without == controls["without R_dis"] == omegas["omega 0"]
     assert controls["without both"] == train.fit(profile, "dpo")
-    assert controls["without D_A"] == volumes["level A"][100.0] == volumes["random lists"][100.0]
-    assert controls["random A"] == volumes["random lists"][25.0]
+    assert controls["without D_A"] == volumes["level A", 100.0] == volumes["random lists", 100.0]
+    assert controls["random A"] == volumes["random lists", 25.0]
     assert len({*controls.values()}) == 7 and len({*omegas.values()}) == len(omegas)
 
 
