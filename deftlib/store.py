@@ -62,14 +62,20 @@ def stage(profile_name, name, key, produce, module=None):
     key = {**key, "code": code_digest(module)} if module else key
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile_name) / f"{name}-{short}"
-    USED.setdefault(profile_name, {})[str(final.relative_to(build_dir(profile_name)))] = final
     if (final / MANIFEST).is_file():
         read_manifest(final)  # a result that was cut or lost a file is refused, not reused
-        return final
+    else:
+        _publish(final, name, key, produce)
+    USED.setdefault(profile_name, {})[str(final.relative_to(build_dir(profile_name)))] = final
+    return final
+
+
+def _publish(final, name, key, produce):
+    """Fill a temporary folder and rename it to `final`."""
     work = final.with_name(final.name + ".partial")
     with explained(work), _alone(final):
         if (final / MANIFEST).is_file():  # another process finished it while this one waited
-            return final
+            return
         work.mkdir(parents=True, exist_ok=True)
         print(f"[{name}] started", flush=True)
         start = time.perf_counter() - _seconds_before(work)
@@ -79,7 +85,6 @@ def stage(profile_name, name, key, produce, module=None):
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
     print(f"[{name}] done in {seconds:.1f} s", flush=True)
-    return final
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,44 @@ def test_timings_list_what_this_process_asked_for_and_nothing_that_merely_lies_t
     for number in (3, 1, 3):
         store.stage("p", f"step {number}", {}, producing("x"))
     assert store.timings("p") == [("step 3", 3), ("step 1", 1)]
+
+
+def test_a_stage_that_failed_is_none_of_the_results_a_process_rests_on(monkeypatch):
+    monkeypatch.setattr(store, "USED", {})
+    with pytest.raises(ZeroDivisionError):
+        store.stage("p", "kind/broken", {}, lambda folder: 1 / 0)
+    publish()
+    assert [name for name, _ in store.timings("p")] == ["kind/thing"]
+
+
+# ---- kept answers --------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_found_again_by_the_content_that_was_asked(tmp_path):
+    kept = store.Kept(tmp_path / "kept" / "judge.jsonl")
+    kept.add({"model": "m", "request": ["a", 1]}, {"text": "⏎ yes"})
+    assert {"request": ["a", 1], "model": "m"} in kept and {"request": ["a", 2], "model": "m"} not in kept
+    again = store.Kept(tmp_path / "kept" / "judge.jsonl")
+    assert again[{"request": ["a", 1], "model": "m"}]["text"] == "⏎ yes" and len(again) == 1
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_and_asked_again(tmp_path):
+    path = tmp_path / "judge.jsonl"
+    kept = store.Kept(path)
+    for question in ("one", "two"):
+        kept.add(question, {"text": question.upper()})
+    path.write_text(path.read_text()[:-5])
+    again = store.Kept(path)
+    assert "one" in again and "two" not in again
+    again.add("two", {"text": "TWO"})
+    assert store.Kept(path)["two"]["text"] == "TWO" and len(path.read_text().splitlines()) == 2
+
+
+def test_several_threads_may_keep_answers_at_once(tmp_path):
+    kept = store.Kept(tmp_path / "judge.jsonl")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: kept.add(i, {"text": "x" * 5000}), range(100)))
+    assert len(store.Kept(tmp_path / "judge.jsonl")) == 100
 
 
 # ---- code ----------------------------------------------------------------------------------------------------------
