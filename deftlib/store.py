@@ -291,7 +291,10 @@ def _git():
     try:
         run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
         commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-        dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+        changed = run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures"]
+        )  # not its own output
+        dirty = bool(changed.stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         return None  # an installed copy without its repository
     return {"commit": commit, "dirty": dirty}
