@@ -39,7 +39,7 @@ def replies(profile, policy, parts, r_eval, seed=0):
         prompts, answers, references = frame["prompt"], frame["reply"], frame["reference"]
         judge, judge_tokenizer = rewards.load_reward_model(r_eval)
         frame["reward"] = rewards.score(judge, judge_tokenizer, prompts, answers, spec, label="r_eval")
-        frame["words"] = [len(reply.split()) for reply in answers]
+        frame["words"] = [metrics.words(reply) for reply in answers]
         frame["bleu"] = [100 * metrics.character_bleu(reply, best) for reply, best in zip(answers, references)]
         if profile.evaluation.bart:
             bart = metrics.load_bart(profile.evaluation.bart)

@@ -23,6 +23,7 @@ from transformers import AutoModelForSeq2SeqLM
 from deftlib import models
 from deftlib.intervals import Interval
 from deftlib.loop import with_progress
+from deftlib.rewards import length_buckets
 
 IGNORED = -100  # labels that `cross_entropy` leaves out
 AUTHORS_LIMIT = 1024  # tokens a side in BARTScore's own code; for models that state no limit
@@ -139,22 +140,10 @@ def words(reply):
 def _in_batches(function, pairs, token_budget, label):
     """function(some pairs) -> their scores, asked for pairs of like length together; all scores in the order given."""
     scores = [math.nan] * len(pairs)
-    for batch in with_progress(_like_length([len(a) + len(b) for a, b in pairs], token_budget), label, len(pairs)):
+    for batch in with_progress(length_buckets([len(a) + len(b) for a, b in pairs], token_budget), label, len(pairs)):
         for i, score in zip(batch, function([pairs[i] for i in batch])):
             scores[i] = score
     return scores
-
-
-def _like_length(lengths, token_budget):
-    """Indices, longest first, in groups of at most `token_budget` padded tokens (or of one long item)."""
-    batch = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _padded(rows, model):
