@@ -24,7 +24,7 @@ paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
 modules = $(patsubst %,deftlib/%.py,__init__ $(1))
 DATA := profile store preferences sources mini_world loop models intervals rewards subset grading distribution
 SHOW := profile store report claims intervals
-TRAIN := losses guidance train endpoint generation
+TRAIN := losses guidance trainers train endpoint generation
 SCORE := metrics evaluate
 $(OUT)/00_walkthrough.ipynb: $(call modules,$(SHOW) grading distribution losses)
 $(OUT)/01_grading.ipynb: $(call modules,$(DATA) $(SHOW))

@@ -12,7 +12,8 @@ Read the notebooks first; they call these modules, and imports point down this l
     ablation      the runs behind Table 3 and the sweeps
     refine        reference answers rewritten by a stronger model
     extend        one more reply for every list: D_3 from an endpoint or from the SFT policy
-    train         fit(method, ...): TRL's trainers, a ranked-list trainer, the distribution reward
+    train         fit(method, ...): one policy by any method, published
+    trainers      the table of methods, trainers for ranked lists, IFT, TRL's own
     guidance      DistributionGuided: the mixin that adds the distribution reward to any of them
     losses        Eqs. 5-12 and 18: pure functions of tensors
     subset        from preference lists to the graded subset and q_diff, published as Parquet

@@ -6,7 +6,9 @@
 A run that was killed goes on from its newest complete checkpoint, to the same weights.
 """
 
+import ctypes
 import json
+import math
 import shutil
 import time
 import warnings
@@ -92,6 +94,41 @@ class Progress(TrainerCallback):
         if "tokens_per_second" in entry:
             parts.append(f"{entry['tokens_per_second']:.0f} tokens/s")
         return "  ".join([*parts, f"eta {eta:.0f} s"])
+
+
+class PeakMemory:
+    """The most memory that a block of code held above what was held before it, in bytes: `with PeakMemory() as memory`.
+
+    On a GPU torch's own count; on Linux the resident set of the process, after unused memory went back to the system;
+    elsewhere NaN. Libraries keep buffers, so the first block that uses one pays for it.
+    """
+
+    def __enter__(self):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif _STATUS.is_file():
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+            if trim:
+                trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc_pid_clear_refs(5)
+            self.before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+        else:
+            self.bytes = _resident("VmHWM") - self.before if _STATUS.is_file() else math.nan
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _resident(field):
+    """A field of /proc/self/status in bytes; the kernel counts in kB."""
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
 
 
 def fit_or_resume(trainer, folder):

@@ -103,6 +103,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class OnPolicy(Recipe):
+    """RLOO (TRL), with r_train as its reward."""
+
+    generations: int = 4  # replies a prompt, each judged against the mean of the others
+    kl_weight: float = 0.05  # TRL's default, on the KL divergence from the SFT model
+    updates_per_sampling: int = 1  # more: replies for several updates are sampled together, from an older policy
+
+
+@dataclass(frozen=True)
 class Training:
     methods: list[str]  # the methods that notebook 03 trains
     gradings: list[Literal["reward", "distribution"]]  # how level A is chosen; the deft- methods train on the first
@@ -110,12 +119,21 @@ class Training:
     rrhf: Recipe
     pro: Recipe
     dpo: Recipe
+    rloo: OnPolicy = field(default_factory=lambda: OnPolicy(epochs=1.0, learning_rate=1e-6))  # TRL's default rate
     batch_size: int = 1  # lists per device and micro-batch
     gradient_accumulation: int = 1
     beta: float = 0.1  # A.1
     pro_sft_weight: float = 0.05  # A.1, on the summed NLL of Eq. 9
     dpo_sft_weight: float = 0.0  # A.1 lists 0.05 without its reduction: decision 6
     sft_reduction: Literal["sum", "token_mean"] = "sum"
+    rrhf_rank_weight: float = 1.0  # rrhf-official: 1 in the authors' script, 100 in their defaults
+    ift_mixing: float = 0.2  # lambda, the authors' configuration
+    ift_gamma: float = 0.95  # the same
+    ipo_length_normalised: bool = True  # as TRL; false: sums, as the DPO repository
+    sr_weight: float = 0.5  # lambda of Sr-DPO and Sr-IPO; none is public: our choice
+    sr_with_reference: bool = True  # whether the reference enters the refinement: the two readings
+    sr_prefix: str = "A helpful, honest and harmless assistant answers as well as it can."  # before the prompt: ours
+    asft_weight: float = 0.1
     warmup_steps: int = 0
     scheduler: str = "linear"
     optimizer: str = "adamw_torch"
@@ -180,6 +198,12 @@ class Ablation:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    methods: list[str] = field(default_factory=list)  # of notebook 07, beside the start policy
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(frozen=True)
 class Profile:
     name: str
     about: str
@@ -194,6 +218,7 @@ class Profile:
     evaluation: Evaluation = field(default_factory=Evaluation)
     mt_bench: MTBench = field(default_factory=MTBench)
     ablation: Ablation = field(default_factory=Ablation)
+    comparison: Comparison = field(default_factory=Comparison)
 
     @staticmethod
     def override(text):

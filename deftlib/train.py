@@ -1,8 +1,7 @@
 """Train a policy by any method, with or without the distribution reward: `fit(profile, "deft-dpo", seed=0)`.
 
-SFT and DPO are TRL's trainers; RRHF and PRO share one trainer for ranked lists of any length. `deft-<method>` trains
-on level A alone and adds the distribution reward (Eq. 18). Results are published folders: model, tokenizer,
-`log.jsonl` and `summary.json`. Also a command: `python -m deftlib.train --profile mini --method deft-dpo`.
+`deft-<method>` trains on level A alone and adds the distribution reward (Eq. 18). Results are published folders: model,
+tokenizer, `log.jsonl` and `summary.json`. Also a command: `python -m deftlib.train --profile mini --method deft-dpo`.
 """
 
 import argparse
@@ -11,123 +10,26 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy, linear
-from transformers import Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer import utils as trl_utils
+from transformers import TrainingArguments
+from trl import DPOConfig, RLOOConfig, SFTConfig
 
-from deftlib import losses, models, store, subset
+from deftlib import generation, models, rewards, store, subset, trainers
 from deftlib.distribution import IGNORED
-from deftlib.guidance import DistributionGuided, outputs_of
-from deftlib.loop import Progress, arguments, fit_or_resume
+from deftlib.loop import PeakMemory, Progress, arguments, fit_or_resume
 from deftlib.preferences import read_lists
 from deftlib.profile import Profile
+from deftlib.trainers import LIST_METHODS
 
-# TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses, about half the time.
-# A TRL without this private name trains the same, only slower.
-if hasattr(trl_utils, "_use_triton"):
-    trl_utils._use_triton = lambda device: True
-
-# A ranked-list method is one line here: (sums[B, L], counts[B, L], rewards[B, L], the profile's Training) -> loss.
-LIST_LOSSES = {
-    "rrhf": lambda sums, counts, rewards, training: losses.rrhf_loss(sums, counts, rewards),
-    "pro": lambda sums, counts, rewards, training: losses.pro_loss(sums, counts, training.pro_sft_weight),
+RECIPES = {  # method: the field of the profile's Training whose epochs, learning rate and omega it takes
+    "sft": "sft",
+    "ift": "sft",
+    "dpo": "dpo",
+    "rloo": "rloo",
+    **{name: method.recipe for name, method in LIST_METHODS.items()},
 }
-METHODS = ["sft", "dpo", *LIST_LOSSES]
-FROM_SFT = {"dpo"}  # decision 7: these start from the SFT model on all of D, which is their reference too
-
-
-# ---- trainers ----------------------------------------------------------------------------------------------------
-
-
-class PairTrainer(DPOTrainer):
-    """TRL's DPO on pre-tokenised pairs, plus A.1's SFT term on the summed NLL of the chosen reply (decision 6)."""
-
-    def __init__(self, *args, summed_sft_weight=0.0, **kwargs):
-        self.summed_sft_weight = summed_sft_weight
-        super().__init__(*args, **kwargs)
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset  # TRL would tokenise again, drop long prompts and cut replies by its own rules
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with outputs_of(self.accelerator.unwrap_model(model)) as captured:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not (self.summed_sft_weight and captured):
-            return result
-        chosen = captured[0].log_probs.chunk(2)[0]
-        loss = result[0] if return_outputs else result
-        loss = loss + self.summed_sft_weight * losses.sft_loss(chosen.sum(1))
-        return (loss, result[1]) if return_outputs else loss
-
-
-class RankedListTrainer(Trainer):
-    """Any loss over ranked lists of any length: `list_loss(sums[B, L], counts[B, L], rewards[B, L])`, best first."""
-
-    loss_is_scaled_for_ga = False  # a mean over the lists of one micro-batch
-    num_tokens = 0
-
-    def __init__(self, *args, list_loss, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.list_loss = list_loss
-        self.model_accepts_loss_kwargs = False  # the same for transformers < 5.19
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        n_lists, length = inputs["input_ids"].shape[:2]
-        flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
-        sums, counts = response_log_probs(model, self.accelerator.unwrap_model(model), **flat)
-        if model.training:
-            self.num_tokens += int(flat["attention_mask"].sum())
-        loss = self.list_loss(sums.view(n_lists, length), counts.view(n_lists, length), inputs["rewards"])
-        return (loss, {"sums": sums, "counts": counts}) if return_outputs else loss
-
-    def log(self, logs, start_time=None):
-        super().log({**logs, "num_tokens": self.num_tokens}, start_time)
-
-
-def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
-    """(sums[N], counts[N]) of the response tokens, as `losses.sequence_log_probs`, without logits for other positions.
-
-    Selecting positions before the head needed the least memory of all ways tried (design section 8).
-    """
-    with outputs_of(models.backbone(unwrapped), only_with_gradients=False) as captured:
-        # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
-    hidden = captured[0].last_hidden_state
-    weight, bias, scale = models.output_head(unwrapped)
-    is_response = labels[:, 1:] != IGNORED
-    logits = scale * linear(hidden[:, :-1][is_response], weight, bias)
-    log_probs = -cross_entropy(logits.float(), labels[:, 1:][is_response], reduction="none")
-    row = is_response.nonzero()[:, 0]
-    return log_probs.new_zeros(len(labels)).index_add(0, row, log_probs), is_response.sum(1)
-
-
-def collate_lists(rows, pad_token_id):
-    """Rows of prompt_ids, response_ids, rewards -> input_ids, attention_mask, labels [B, L, T] and rewards [B, L]."""
-    length = max(len(row["prompt_ids"]) + len(r) for row in rows for r in row["response_ids"])
-    shape = (len(rows), len(rows[0]["response_ids"]), length)
-    batch = {"input_ids": torch.full(shape, pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.long)}
-    batch["labels"] = torch.full(shape, IGNORED)
-    for b, row in enumerate(rows):
-        start = len(row["prompt_ids"])
-        for i, response in enumerate(row["response_ids"]):
-            end = start + len(response)
-            batch["input_ids"][b, i, :end] = torch.tensor(row["prompt_ids"] + response)
-            batch["attention_mask"][b, i, :end] = 1
-            batch["labels"][b, i, start:end] = torch.tensor(response)
-    return {**batch, "rewards": torch.tensor([row["rewards"] for row in rows])}
-
-
-class GuidedSFTTrainer(DistributionGuided, SFTTrainer):
-    """TRL's SFT with the distribution reward."""
-
-
-class GuidedPairTrainer(DistributionGuided, PairTrainer):
-    """TRL's DPO with the distribution reward."""
-
-
-class GuidedRankedListTrainer(DistributionGuided, RankedListTrainer):
-    """RRHF, PRO and their like with the distribution reward."""
+METHODS = list(RECIPES)
+# Decision 7: these start from the SFT model on all of D, which is their reference too.
+FROM_SFT = {"dpo", "rloo", *(name for name, method in LIST_METHODS.items() if method.reference)}
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
@@ -157,6 +59,12 @@ def encode_lists(lists, tokenizer, text, rejects_path=None):
     return Dataset.from_list(rows)
 
 
+def _responses_of(encoded, which):
+    """The lists cut to the responses at the positions `which`, e.g. (0, -1) for the best and the worst."""
+    cut = lambda row: {name: [row[name][i] for i in which] for name in ("response_ids", "rewards")}
+    return encoded.map(cut)
+
+
 def _as_sft(row):
     best = row["response_ids"][0]
     return {"input_ids": row["prompt_ids"] + best, "labels": [IGNORED] * len(row["prompt_ids"]) + best}
@@ -181,7 +89,7 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
     base, is_deft = method.removeprefix("deft-"), method.startswith("deft-")
     if base not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}, or deft- and one of them")
-    recipe, training = getattr(profile.training, base), profile.training
+    recipe, training = getattr(profile.training, RECIPES[base]), profile.training
     start = fit(profile, "sft", seed) if base in FROM_SFT else models.start_policy(profile)
     if is_deft:
         graded = subset.graded(profile, grading or training.gradings[0])
@@ -193,7 +101,10 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
     key = {"method": method, "seed": seed, "start": models.identity(start), "text": vars(profile.text)}
     key |= {"dtype": profile.policy.dtype}
     key |= {"lists": store.digest(chosen), "q_diff": store.digest(q_diff_path), "omega": _plain(weight)}
-    key |= {"recipe": [recipe.epochs, recipe.learning_rate], "training": _shared_settings(training)}
+    key["recipe"] = {name: value for name, value in vars(recipe).items() if name != "omega"}
+    key["training"] = _shared_settings(training)
+    if base == "rloo":
+        key["r_train"] = models.identity(rewards.reward_model(profile, "train", subset.parts(profile)))
 
     def produce(folder):
         _train(folder, profile, method, seed, start, read_lists(chosen), q_diff_path, weight)
@@ -206,24 +117,29 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
 
 
 def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
-    base = method.removeprefix("deft-")
-    tokenizer, model = models.load_tokenizer(start), models.load_policy(start, profile.policy.dtype)
-    encoded = encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
-    trainer = _build_trainer(folder, profile, base, seed, start, model, tokenizer, encoded, q_diff_path)
-    trainer.add_callback(Progress(folder, f"{method} seed {seed}"))
-    trainer.omega = _omega(trainer, weight, q_diff_path, folder)
-    fit_or_resume(trainer, folder)
-    tokenizer.save_pretrained(folder)
+    with PeakMemory() as memory:
+        trainer = build(folder, profile, method, seed, start, lists, q_diff_path)
+        trainer.add_callback(Progress(folder, f"{method} seed {seed}"))
+        trainer.omega = _omega(trainer, weight, q_diff_path, folder)
+        fit_or_resume(trainer, folder)
+    trainer.processing_class.save_pretrained(folder)
     ratios = [entry["gradient_ratio"] for entry in trainer.state.log_history if "gradient_ratio" in entry]
-    summary = {"method": method, "seed": seed, "lists": len(encoded), "updates": trainer.state.global_step}
+    summary = {"method": method, "seed": seed, "lists": len(trainer.train_dataset)}
+    summary |= {"updates": trainer.state.global_step, "peak_memory": memory.bytes}
     summary |= {"epochs": trainer.args.num_train_epochs, "learning_rate": trainer.args.learning_rate}
     summary |= {"omega": trainer.omega, "omega_reading": _plain(weight), "gradient_ratio": ratios}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def _build_trainer(folder, profile, base, seed, start, model, tokenizer, encoded, q_diff_path):
-    """The trainer class of a method with its data and arguments."""
-    training, recipe = profile.training, getattr(profile.training, base)
+def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
+    """The guided trainer of a method, at omega 0, on ranked lists; what `fit` runs.
+
+    start: folder or hub id of the policy it starts from. more: further `TrainingArguments`, e.g. max_steps=20.
+    """
+    base = method.removeprefix("deft-")
+    training, recipe = profile.training, getattr(profile.training, RECIPES[base])
+    tokenizer, model = models.load_tokenizer(start), models.load_policy(start, profile.policy.dtype)
+    load_reference = lambda: models.load_policy(start, profile.policy.dtype)
     kwargs = arguments(
         folder,
         epochs=recipe.epochs,
@@ -241,28 +157,67 @@ def _build_trainer(folder, profile, base, seed, start, model, tokenizer, encoded
         bf16=training.bf16,
         use_cpu=not torch.cuda.is_available(),  # transformers wants to be told before it allows bf16 there
         gradient_checkpointing=training.gradient_checkpointing,
+        **more,
     )
     common = {"model": model, "processing_class": tokenizer, "ratio_steps": training.ratio_steps}
     common["q_diff"] = subset.load_q_diff(q_diff_path, tokenizer)
+    if base == "rloo":
+        args = RLOOConfig(**kwargs | _on_policy(profile, recipe))
+        common |= {"reward_funcs": _r_train_reward(profile), "text": profile.text}
+        return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=lists.select_columns("prompt"), **common)
+    encoded = encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
     if base == "sft":
         args = SFTConfig(**kwargs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         rows = encoded.map(_as_sft, remove_columns=encoded.column_names)
-        return GuidedSFTTrainer(args=args, train_dataset=rows, **common)
+        return trainers.GuidedSFTTrainer(args=args, train_dataset=rows, **common)
     if base == "dpo":
         token_mean = training.dpo_sft_weight and training.sft_reduction == "token_mean"
         blend = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, training.dpo_sft_weight]} if token_mean else {}
+        common |= {"ref_model": load_reference(), "summed_sft_weight": 0.0 if token_mean else training.dpo_sft_weight}
         args = DPOConfig(**kwargs, beta=training.beta, max_length=None, **blend)
-        reference = models.load_policy(start, profile.policy.dtype)
         rows = encoded.map(_as_pair, remove_columns=["response_ids", "rewards"])
-        weight = 0.0 if token_mean else training.dpo_sft_weight
-        return GuidedPairTrainer(args=args, train_dataset=rows, ref_model=reference, summed_sft_weight=weight, **common)
-    return GuidedRankedListTrainer(
-        args=TrainingArguments(**kwargs, remove_unused_columns=False),
-        train_dataset=encoded,
-        data_collator=lambda rows: collate_lists(rows, tokenizer.pad_token_id),
-        list_loss=lambda sums, counts, rewards: LIST_LOSSES[base](sums, counts, rewards, training),
+        return trainers.GuidedPairTrainer(args=args, train_dataset=rows, **common)
+    common["args"] = TrainingArguments(**kwargs, remove_unused_columns=False)
+    if base == "ift":
+        common |= {"mixing": training.ift_mixing, "gamma": training.ift_gamma}
+        common["data_collator"] = lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id)
+        return trainers.GuidedIntuitiveTrainer(train_dataset=_responses_of(encoded, [0]), **common)
+    list_method, prefix_ids = LIST_METHODS[base], None
+    if list_method.quality:
+        prefix_ids = tokenizer(training.sr_prefix, add_special_tokens=False)["input_ids"]
+    return trainers.GuidedRankedListTrainer(
+        train_dataset=_responses_of(encoded, [0, -1]) if list_method.pairs else encoded,
+        data_collator=lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id, prefix_ids),
+        list_loss=lambda scores: list_method.loss(scores, training),
+        scores_last_end=list_method.scores_last_end,
+        reference=load_reference() if list_method.reference else None,
         **common,
     )
+
+
+def _on_policy(profile, recipe):
+    """RLOO's settings: `batch_size` prompts a micro-batch, each answered `generations` times."""
+    return {
+        "per_device_train_batch_size": profile.training.batch_size * recipe.generations,
+        "num_generations": recipe.generations,
+        "steps_per_generation": profile.training.gradient_accumulation * recipe.updates_per_sampling,
+        "max_completion_length": profile.text.reply_tokens,
+        "beta": recipe.kl_weight,
+        "remove_unused_columns": False,
+    }
+
+
+def _r_train_reward(profile):
+    """r_train's raw reward of what the policy says before the next turn, as TRL asks for it."""
+    spec = profile.reward_models.train
+    judge, tokenizer = rewards.load_reward_model(rewards.reward_model(profile, "train", subset.parts(profile)))
+
+    @torch.no_grad()
+    def r_train(prompts, completions, **_):
+        said = [generation.first_turn(completion) for completion in completions]
+        return rewards.score(judge, tokenizer, prompts, said, spec, profile.reward_models.score_token_budget)
+
+    return r_train
 
 
 def _omega(trainer, weight, q_diff_path, folder):
@@ -285,7 +240,7 @@ def _plain(weight):
 
 def _shared_settings(training):
     """The settings that change what a run computes, for its key."""
-    skipped = {"methods", "gradings", "sft", "rrhf", "pro", "dpo", "log_steps", "save_steps"}
+    skipped = {"methods", "gradings", "log_steps", "save_steps", *RECIPES.values()}
     return {name: value for name, value in vars(training).items() if name not in skipped}
 
 
@@ -298,7 +253,7 @@ def summary(folder):
 def main():
     parser = argparse.ArgumentParser(description="Train one policy and print its folder.")
     parser.add_argument("--profile", default="mini")
-    parser.add_argument("--method", required=True, help="sft, rrhf, pro, dpo, or deft- and one of them")
+    parser.add_argument("--method", required=True, help=f"{', '.join(METHODS)}, or deft- and one of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grading", choices=["reward", "distribution"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.source=x")

@@ -1,197 +1,17 @@
-"""Trainers and data of the methods: log-probabilities, losses, encoding, the readings of omega, the command line."""
+"""Training a policy by name: encoding, the readings of omega, resuming, the command line."""
 
 import json
-import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import CohereConfig, CohereForCausalLM, PhiConfig, PhiForCausalLM, TrainingArguments
-from trl import DPOConfig
 
-from deftlib import losses, models, subset, train
-from deftlib.loop import arguments
+from deftlib import models, subset, train, trainers
 from deftlib.profile import Omega, Profile, Text
 from deftlib.store import ROOT
-
-IGNORED = -100
-
-
-def full_log_probs(model, rows):
-    """(sums, counts) [B, L] of the responses of encoded lists, one response at a time and from full logits."""
-    sums, counts = [], []
-    for row in rows:
-        for response in row["response_ids"]:
-            ids = torch.tensor([row["prompt_ids"] + response])
-            labels = torch.tensor([[IGNORED] * len(row["prompt_ids"]) + response])
-            total, count = losses.sequence_log_probs(model(input_ids=ids).logits, labels)
-            sums.append(total[0])
-            counts.append(count[0])
-    shape = (len(rows), len(rows[0]["response_ids"]))
-    return torch.stack(sums).view(shape), torch.stack(counts).view(shape)
-
-
-def gradients(value, model):
-    parts = torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    return torch.cat([g.flatten() for g in parts if g is not None])
-
-
-# ---- ranked lists ------------------------------------------------------------------------------------------------
-
-
-def test_lists_are_padded_on_the_right_and_labelled_on_responses_only():
-    rows = [
-        {"prompt_ids": [5, 6], "response_ids": [[7, 8, 1], [9]], "rewards": [2.0, 1.0]},
-        {"prompt_ids": [4], "response_ids": [[3, 1], [3, 3]], "rewards": [0.5, 0.0]},
-    ]
-    batch = train.collate_lists(rows, pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[[5, 6, 7, 8, 1], [5, 6, 9, 0, 0]], [[4, 3, 1, 0, 0], [4, 3, 3, 0, 0]]]
-    assert batch["attention_mask"].tolist() == [[[1] * 5, [1, 1, 1, 0, 0]], [[1, 1, 1, 0, 0]] * 2]
-    x = IGNORED
-    assert batch["labels"].tolist() == [[[x, x, 7, 8, 1], [x, x, 9, x, x]], [[x, 3, 1, x, x], [x, 3, 3, x, x]]]
-    assert batch["rewards"].tolist() == [[2.0, 1.0], [0.5, 0.0]]
-
-
-def test_a_padding_token_inside_a_response_still_counts():
-    row = {"prompt_ids": [5], "response_ids": [[0, 1], [7]], "rewards": [1.0, 0.0]}
-    batch = train.collate_lists([row], pad_token_id=0)
-    assert batch["attention_mask"][0].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"][0].tolist() == [[IGNORED, 0, 1], [IGNORED, 7, IGNORED]]
-
-
-def biased():
-    model = PhiForCausalLM(PhiConfig(**SMALL))
-    torch.nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-def adapted(make_model):
-    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.mark.parametrize("length", [2, 3, 8])
-@pytest.mark.parametrize("kind", ["tied", "untied", "bias", "scaled", "lora"])
-def test_selected_positions_give_the_log_probabilities_of_full_logits(kind, length, make_model, make_lists):
-    torch.manual_seed(0)
-    model = {
-        "tied": lambda: make_model(),
-        "untied": lambda: make_model(tie_word_embeddings=False),
-        "bias": biased,
-        "scaled": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
-        "lora": lambda: adapted(make_model),
-    }[kind]()
-    rows = list(make_lists(3, length))
-    batch = train.collate_lists(rows, pad_token_id=0)
-    flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
-    sums, counts = train.response_log_probs(model, model, **flat)
-    expected, expected_counts = full_log_probs(model, rows)
-    assert torch.equal(counts.view(3, length), expected_counts)
-    torch.testing.assert_close(sums.view(3, length), expected, rtol=1e-5, atol=1e-5)
-    weight = torch.rand(expected.shape)
-    found, wanted = (gradients((values.view(3, length) * weight).sum(), model) for values in (sums, expected))
-    assert torch.norm(found - wanted) < 1e-5 * torch.norm(wanted)
-
-
-@pytest.mark.parametrize("method", ["pro", "rrhf"])
-@pytest.mark.parametrize("length", [2, 3, 8])
-def test_the_ranked_trainers_loss_is_the_printed_one(method, length, make_model, make_lists, tokenizer, tmp_path):
-    model, rows = make_model(), make_lists(4, length)
-    training = Profile.load("mini").training
-    trainer = train.RankedListTrainer(
-        model,
-        args=TrainingArguments(
-            **arguments(tmp_path, epochs=1, learning_rate=0.1, batch_size=4, seed=0, use_cpu=True),
-            remove_unused_columns=False,
-        ),
-        train_dataset=rows,
-        data_collator=lambda rows: train.collate_lists(rows, 0),
-        list_loss=lambda *values: train.LIST_LOSSES[method](*values, training),
-    )
-    loss = trainer.compute_loss(model, train.collate_lists(list(rows), 0))
-    sums, counts = full_log_probs(model, rows)
-    rewards = torch.tensor(rows["rewards"])
-    expected = losses.pro_loss(sums, counts, 0.05) if method == "pro" else losses.rrhf_loss(sums, counts, rewards)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert trainer.num_tokens == 2 * sum(
-        len(row["prompt_ids"]) + len(r) for row in rows for r in row["response_ids"]
-    )  # ours above and the one of train()
-
-
-# ---- pairs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def make_pair_trainer(make_model, tokenizer, tmp_path):
-    def make(rows, policy, reference, weight=0.0, peft_config=None, **more):
-        settings = arguments(tmp_path, epochs=1, learning_rate=0.1, batch_size=4, seed=0, use_cpu=True)
-        return train.PairTrainer(
-            policy,
-            ref_model=reference,
-            args=DPOConfig(**settings, beta=0.1, max_length=None, **more),
-            processing_class=tokenizer,
-            train_dataset=rows.map(train._as_pair, remove_columns=["response_ids", "rewards"]),
-            summed_sft_weight=weight,
-            peft_config=peft_config,
-        )
-
-    return make
-
-
-def pair_loss(trainer):
-    trainer.model.train()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    return trainer.compute_loss(trainer.model, batch)
-
-
-def test_dpo_starts_at_ln_2(make_pair_trainer, make_model, make_lists):
-    loss = pair_loss(make_pair_trainer(make_lists(4), make_model(), make_model()))
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_pairs_are_the_best_and_the_worst_response():
-    row = {"prompt_ids": [5], "response_ids": [[6], [7], [8]], "rewards": [2.0, 1.0, 0.0]}
-    assert train._as_pair(row) == {"chosen_ids": [6], "rejected_ids": [8]}
-    assert train._as_sft(row) == {"input_ids": [5, 6], "labels": [IGNORED, 6]}
-
-
-def test_the_summed_sft_term_is_that_of_the_paper(make_pair_trainer, make_model, make_lists):
-    rows, policy, reference = make_lists(4), make_model(), make_model(1)
-    loss = pair_loss(make_pair_trainer(rows, policy, reference, weight=0.05))
-    sums, _ = full_log_probs(policy, rows)
-    reference_sums, _ = full_log_probs(reference, rows)
-    expected = losses.dpo_loss(sums, reference_sums.detach(), 0.1) + 0.05 * losses.sft_loss(sums[:, 0])
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    found, wanted = gradients(loss, policy), gradients(expected, policy)
-    assert torch.norm(found - wanted) < 1e-5 * torch.norm(wanted)
-
-
-def test_the_summed_sft_term_reaches_adapters_too(make_pair_trainer, make_model, make_lists):
-    rows, config = make_lists(4), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    loss = pair_loss(make_pair_trainer(rows, make_model(), None, weight=0.05, peft_config=config))
-    sums, _ = full_log_probs(make_model(), rows)  # PEFT starts as the base model
-    assert loss.item() == pytest.approx(math.log(2) - 0.05 * sums[:, 0].mean().item(), rel=1e-5)
-
-
-def test_the_token_mean_option_is_trls(make_pair_trainer, make_model, make_lists):
-    rows, policy, reference = make_lists(4), make_model(), make_model(1)
-    blend = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.05]}
-    loss = pair_loss(make_pair_trainer(rows, policy, reference, **blend))
-    sums, counts = full_log_probs(policy, rows)
-    reference_sums, _ = full_log_probs(reference, rows)
-    token_mean = -sums[:, 0].sum() / counts[:, 0].sum()
-    expected = losses.dpo_loss(sums, reference_sums, 0.1) + 0.05 * token_mean
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture
@@ -208,11 +28,10 @@ def start(tmp_path, make_model, tokenizer):
 @pytest.mark.parametrize(
     ("reduction", "summed", "kinds"), [("sum", 0.05, ["sigmoid"]), ("token_mean", 0.0, ["sigmoid", "sft"])]
 )
-def test_the_profile_names_the_reduction_of_the_sft_term(reduction, summed, kinds, start, tmp_path, make_lists):
+def test_the_profile_names_the_reduction_of_the_sft_term(reduction, summed, kinds, start, tmp_path):
     settings = {"training.dpo_sft_weight": 0.05, "training.sft_reduction": reduction}
-    profile, tokenizer = Profile.load("mini", settings), models.load_tokenizer(start)
-    model, q_diff = models.load_policy(start), tmp_path / "q_diff.npz"
-    trainer = train._build_trainer(tmp_path, profile, "dpo", 0, start, model, tokenizer, make_lists(), q_diff)
+    lists = Dataset.from_list(TEXTS)
+    trainer = train.build(tmp_path, Profile.load("mini", settings), "dpo", 0, start, lists, tmp_path / "q_diff.npz")
     assert (trainer.summed_sft_weight, trainer.args.loss_type) == (summed, kinds)
     if reduction == "token_mean":
         assert trainer.args.loss_weights == [1.0, 0.05]
@@ -337,9 +156,9 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(method, start, t
     with pytest.raises(Killed):
         run(killed, start, method, kill_after=5, monkeypatch=monkeypatch)
     omega = json.loads((killed / "omega.json").read_text())
-    monkeypatch.setattr(train.GuidedSFTTrainer, "calibrate", None)  # must not be asked again
-    monkeypatch.setattr(train.GuidedPairTrainer, "calibrate", None)
-    monkeypatch.setattr(train.GuidedRankedListTrainer, "calibrate", None)
+    monkeypatch.setattr(trainers.GuidedSFTTrainer, "calibrate", None)  # must not be asked again
+    monkeypatch.setattr(trainers.GuidedPairTrainer, "calibrate", None)
+    monkeypatch.setattr(trainers.GuidedRankedListTrainer, "calibrate", None)
     capsys.readouterr()
     run(killed, start, method, monkeypatch=monkeypatch)
     assert "resuming from checkpoint-4" in capsys.readouterr().out
@@ -375,7 +194,7 @@ def test_a_plain_method_logs_r_dis_and_never_optimises_it(start, tmp_path):
 @pytest.mark.parametrize("method", ["kto", "deft-kto", "DPO", "deft-"])
 def test_an_unknown_method_is_refused_before_anything_is_computed(method, monkeypatch):
     monkeypatch.setattr(train, "models", None)
-    with pytest.raises(ValueError, match=f"unknown method '{method}': one of sft, dpo, rrhf, pro, or deft-"):
+    with pytest.raises(ValueError, match=f"unknown method '{method}': one of sft, ift, dpo, rloo, rrhf"):
         train.fit(Profile.load("mini"), method)
 
 
