@@ -56,6 +56,24 @@ def replies(profile, policy, parts, r_eval, seed=0):
     return pd.read_parquet(store.stage(profile.name, name, key, produce, "evaluate") / "replies.parquet")
 
 
+def divergence(profile, policy, reference, frame):
+    """KL(policy || reference) of each reply in nats, float64[N]: `metrics.kl_divergence`, published once.
+
+    policy, reference: folders or hub ids. frame: the policy's `replies`.
+    """
+    said = frame[["prompt", "reply"]].to_numpy().tolist()
+    key = {"policy": models.identity(policy), "reference": models.identity(reference), "said": store.content_key(said)}
+    key |= {"text": vars(profile.text), "dtype": profile.policy.dtype}
+
+    def produce(folder):
+        pair = [models.load_policy(path, profile.policy.dtype) for path in (policy, reference)]
+        values = metrics.kl_divergence(*pair, models.load_tokenizer(policy), *zip(*said), profile.text)
+        np.save(folder / "kl.npy", values)
+
+    name = f"kl/{generation.name_of(policy)}-from-{generation.name_of(reference)}"
+    return np.load(store.stage(profile.name, name, key, produce, "evaluate") / "kl.npy")
+
+
 def likelihood_name(profile):
     """What the column `likelihood` is: BARTScore where a BART is named, else a stand-in under its own name."""
     return "BARTScore" if profile.evaluation.bart else "start log-likelihood"

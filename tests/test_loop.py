@@ -1,13 +1,23 @@
 """Checkpoints, resuming and the log, on a trainer of one parameter that needs no model from anywhere."""
 
 import json
+import sys
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from deftlib import loop
-from deftlib.loop import COMPLETE, Progress, arguments, fit_or_resume, newest_complete, read_log, with_progress
+from deftlib.loop import (
+    COMPLETE,
+    PeakMemory,
+    Progress,
+    arguments,
+    fit_or_resume,
+    newest_complete,
+    read_log,
+    with_progress,
+)
 
 
 class Line(torch.nn.Module):
@@ -177,3 +187,16 @@ def test_arguments_report_to_nobody_and_keep_two_checkpoints(tmp_path):
     assert (args.report_to, args.disable_tqdm, args.bf16, args.gradient_checkpointing) == ([], True, False, False)
     assert (args.save_total_limit, args.save_steps, args.warmup_steps) == (2, 5, 3)
     assert (args.seed, args.data_seed, args.output_dir) == (7, 7, str(tmp_path / "checkpoints"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's peak is read from /proc")
+def test_peak_memory_is_what_a_block_held_at_its_highest_above_what_was_held_before():
+    megabytes = 2**20
+    held = torch.ones(50 * megabytes)  # float32: 200 MB, before the block
+    with PeakMemory() as memory:
+        torch.ones(40 * megabytes).sum()  # 160 MB, given back at once
+    assert 155 * megabytes < memory.bytes < 200 * megabytes
+    with PeakMemory() as nothing:
+        pass
+    assert nothing.bytes < 10 * megabytes
+    assert held.sum() > 0

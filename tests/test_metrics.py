@@ -17,6 +17,7 @@ from deftlib.metrics import (
     bart_score,
     character_bleu,
     distinct_n,
+    kl_divergence,
     load_bart,
     sacre_bleu,
     start_log_likelihood,
@@ -200,6 +201,40 @@ def test_start_log_likelihood_does_not_depend_on_the_batch(make_model, tokenizer
     together = start_log_likelihood(model, tokenizer, prompts, replies, TEXT, token_budget)
     assert together == pytest.approx(one_by_one, abs=1e-5)
     assert start_log_likelihood(model, tokenizer, [], [], TEXT) == []
+
+
+# ---- distance from a reference -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def kl_by_hand(policy, reference, prompt, reply):
+    """Both: lists of token ids. Token by token, word by word."""
+    total = 0.0
+    for t in range(len(reply)):
+        seen = torch.tensor([prompt + reply[:t]])
+        p, q = (model(seen).logits[0, -1].softmax(-1) for model in (policy, reference))
+        total += sum((a * (a / b).log()).item() for a, b in zip(p, q))
+    return total
+
+
+def test_kl_is_summed_over_the_tokens_of_the_reply_and_its_end(make_model, tokenizer):
+    policy, reference = make_model().eval(), make_model(seed=1).eval()
+    prompts, replies = ["w1 w2 w3 w4", "w5"], [" w6 w7", " w8 w8 w9"]
+    end = [tokenizer.eos_token_id]
+    expected = [
+        kl_by_hand(policy, reference, ids_of(tokenizer, p), ids_of(tokenizer, r) + end)
+        for p, r in zip(prompts, replies)
+    ]
+    for budget in (1, 1000):
+        found = kl_divergence(policy, reference, tokenizer, prompts, replies, TEXT, budget)
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0.1
+    assert kl_divergence(reference, policy, tokenizer, prompts, replies, TEXT) != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_policy_is_at_no_distance_from_itself(make_model, tokenizer):
+    policy = make_model().eval()
+    assert kl_divergence(policy, policy, tokenizer, ["w1"], [" w2 w3"], TEXT) == [0.0]
 
 
 # ---- a set of replies ----------------------------------------------------------------------------------------------
