@@ -109,11 +109,19 @@ def read(source, *, split="train", format="auto", rejects_path=None, max_reject_
 
 
 def locate(source):
-    """Where a source named in a profile is: "hh-rlhf" is `$DEFT_DATA/hh-rlhf`, or the hub's where that is not set."""
-    if source != "hh-rlhf":
-        return source
+    """Where a source named in a profile is: "hh-rlhf" is `$DEFT_DATA/hh-rlhf`, or the hub's where that is not set.
+
+    "oasst" is `$DEFT_DATA/oasst/en_100_tree.jsonl`, OpenAssistant's trees of human-ranked replies.
+    Raises PreferenceError if DEFT_DATA is not set for it.
+    """
     folder = os.environ.get("DEFT_DATA")
-    return str(Path(folder) / "hh-rlhf") if folder else HH_RLHF
+    if source == "hh-rlhf":
+        return str(Path(folder) / "hh-rlhf") if folder else HH_RLHF
+    if source == "oasst":
+        if not folder:
+            raise PreferenceError("oasst: set DEFT_DATA to the folder that holds oasst/en_100_tree.jsonl")
+        return str(Path(folder) / "oasst" / "en_100_tree.jsonl")
+    return source
 
 
 def read_lists(path):

@@ -29,7 +29,7 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), a folder, a file or a hub id
+    source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), "oasst" (there), a folder, a file or a hub id
     format: str = "auto"  # see preferences.read
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
     shares: dict[Part, float] = field(default_factory=dict)  # share of `split`, by hash of the first human turn

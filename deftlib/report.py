@@ -265,7 +265,10 @@ def _folder(profile):
 
 
 def _command(profile, notebook):
-    return f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
+    """How to make it again: the notebook, or the module of that name."""
+    if (store.ROOT / "notebooks" / f"{notebook}.ipynb").is_file():
+        return f"python -m deftlib.run notebooks/{notebook}.ipynb --profile {profile.name}"
+    return f"python -m deftlib.{notebook} --profile {profile.name}"
 
 
 def _record(profile, name, title, notebook):

@@ -157,8 +157,8 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         bf16=training.bf16,
         use_cpu=not torch.cuda.is_available(),  # transformers wants to be told before it allows bf16 there
         gradient_checkpointing=training.gradient_checkpointing,
-        **more,
     )
+    kwargs |= more
     common = {"model": model, "processing_class": tokenizer, "ratio_steps": training.ratio_steps}
     common["q_diff"] = subset.load_q_diff(q_diff_path, tokenizer)
     if base == "rloo":
