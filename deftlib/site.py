@@ -26,6 +26,7 @@ from deftlib.profile import Profile, ProfileError
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 INJECTED = "injected-parameters"  # papermill's tag of the cell with this run's parameters
 WIDGET = "*Here stands something to click on: open this notebook in JupyterLab (`make lab`).*"
+TEXTS = {"differences": "Differences from the paper", "related_methods": "Related methods"}  # pages that no cell wrote
 FETCHING = {"script", "link", "img", "iframe", "embed", "object", "source", "audio", "video"}  # tags, unasked
 
 
@@ -45,9 +46,11 @@ def build(profile):
     made = json.loads((figures / "provenance.json").read_text(encoding="utf-8"))
     titles = {"index": f"DEFT, reproduced: profile {profile.name}"}
     bodies = {"index": _overview(profile, figures, made, notebooks)}
-    if (figures / "differences.md").is_file():
-        titles["differences"] = "Differences from the paper"
-        bodies["differences"] = to_html((figures / "differences.md").read_text(encoding="utf-8"), notebooks)
+    texts = {"differences": figures, "related_methods": store.ROOT / "notebooks"}
+    for name, folder in texts.items():
+        if (folder / f"{name}.md").is_file():
+            titles[name] = TEXTS[name]
+            bodies[name] = to_html((folder / f"{name}.md").read_text(encoding="utf-8"), notebooks)
     for name, notebook in notebooks.items():
         titles[name], bodies[name] = title_of(notebook), _cells(notebook, made, notebooks)
     work = home / "site.partial"
@@ -111,8 +114,10 @@ class _Renderer(IPythonRenderer):
         if is_notebook and name in self.notebooks:
             number = re.search(r", cell (\d+)$", text)  # as claims.md writes it
             url = _address(name, number and number[1])
-        elif url == "differences.md":
-            url = "differences.html"
+        elif url == f"{name}.ipynb":
+            url = f"../../../notebooks/{url}"  # not executed here: the committed one
+        elif url.removesuffix(".md") in TEXTS:
+            url = url.replace(".md", ".html")
         elif url.startswith("../"):
             url = "../../../" + url.replace("../", "")  # the project's folder, seen from build/<profile>/site/
         return super().link(text, url, title)

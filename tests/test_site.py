@@ -69,6 +69,11 @@ def project(tmp_path, monkeypatch):
         f"# Claims\n\nSee [differences.md](differences.md).\n\n| at |\n|---|\n| {claim} |\n"
     )
     (figures / "differences.md").write_text("# Differences\n\n1. [test_x](../../tests/test_x.py)\n")
+    links = "[02](02_more.ipynb), [07](07_never_run.ipynb), [losses](../deftlib/losses.py), [2405.1] and $m$"
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/related_methods.md").write_text(
+        f"# Related\n\n{links}\n\n$$-\\log \\sigma(\\beta m)$$\n\n[2405.1]: https://arxiv.org/abs/2405.1\n"
+    )
     titles = {"fig9": "It rises < 1", "table9": "A title"}
     made = {name: {"title": title, "notebook": "01_count", **ENTRY} for name, title in titles.items()}
     (figures / "provenance.json").write_text(json.dumps(made))
@@ -82,8 +87,8 @@ def pages(project):
 
 
 def test_there_is_a_page_for_each_finished_notebook_and_one_over_all(pages):
-    assert pages.keys() == {"index", "differences", "01_count", "02_more"}
-    for name in ("differences", "01_count", "02_more"):
+    assert pages.keys() == {"index", "differences", "related_methods", "01_count", "02_more"}
+    for name in ("differences", "related_methods", "01_count", "02_more"):
         assert f'<a href="{name}.html">{name.replace("_", " ")}</a>' in pages["index"]
     assert "<title>Counting</title>" in pages["01_count"]
 
@@ -97,16 +102,32 @@ def test_nothing_is_run_or_fetched_from_elsewhere(pages, project):
 
 def test_every_link_leads_somewhere(pages, project):
     folder = project / "build/mini/site"
-    (project / "tests").mkdir()
-    (project / "tests/test_x.py").touch()
+    for path in ("tests/test_x.py", "deftlib/losses.py", "notebooks/07_never_run.ipynb"):
+        (project / path).parent.mkdir(exist_ok=True)
+        (project / path).touch()
     for name, page in pages.items():
         for url in re.findall(r"(?:href|src)=\"([^\"]+)\"", page):
             path, _, anchor = url.partition("#")
-            if url.startswith("data:"):
+            if url.startswith(("data:", "https://arxiv.org/")):
                 continue
             target = folder / path if path else folder / f"{name}.html"
             assert target.exists(), url
             assert not anchor or f'id="{anchor}"' in target.read_text(), url
+
+
+def test_the_page_of_related_methods_is_like_the_others(pages, project):
+    page = pages["related_methods"]
+    assert "<title>Related methods</title>" in page
+    assert re.search(r'<math[^>]* display="block"[^>]*>', page) and "$" not in page
+    assert re.findall('href="([^"]+)">(?:02|07|losses|2405.1)<', page) == [
+        "02_more.html",
+        "../../../notebooks/07_never_run.ipynb",
+        "../../../deftlib/losses.py",
+        "https://arxiv.org/abs/2405.1",
+    ]
+    assert 'href="related_methods.html"' in site.to_html("[more](related_methods.md)", {})
+    (project / "notebooks/related_methods.md").unlink()
+    assert not (site.build(MINI).parent / "related_methods.html").exists()
 
 
 def test_formulas_are_mathml(pages):
