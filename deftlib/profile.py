@@ -132,8 +132,12 @@ class Training:
     ipo_length_normalised: bool = True  # as TRL; false: sums, as the DPO repository
     sr_weight: float = 0.5  # lambda of Sr-DPO and Sr-IPO; none is public: our choice
     sr_with_reference: bool = True  # whether the reference enters the refinement: the two readings
-    sr_prefix: str = "A helpful, honest and harmless assistant answers as well as it can."  # before the prompt: ours
-    asft_weight: float = 0.1
+    sr_prefix: str = (  # before the prompt; as a public review of the paper quotes it
+        "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
+        "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 "
+        "is the minimum. Query:"
+    )
+    asft_weight: float = 0.1  # of the term that aligns; no default is public: our choice
     warmup_steps: int = 0
     scheduler: str = "linear"
     optimizer: str = "adamw_torch"
@@ -199,7 +203,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Comparison:
-    methods: list[str] = field(default_factory=list)  # of notebook 07, beside the start policy
+    methods: list[str] = field(default_factory=list)  # of notebook 07, each with and without DEFT
     seeds: list[int] = field(default_factory=lambda: [0])
 
 

@@ -234,7 +234,9 @@ class IntuitiveTrainer(RankedListTrainer):
     """IFT on lists of one response: two passes, the second over inputs mixed with the first one's prediction.
 
     mixing: lambda, see `losses.intuitive_embeddings`. gamma: see `losses.ift_loss`. The frozen copy of the embedding is
-    that of the model given. R_dis is taken on the second pass, the one that is trained (our choice).
+    that of the model given. The authors' code takes the true tokens' embeddings from the frozen copy as well; here they
+    are the model's own, so that without mixing and propagation training is SFT (our choice). R_dis is taken on the
+    second pass, the one that is trained (our choice).
     """
 
     def __init__(self, model, *args, mixing=0.2, gamma=0.95, **kwargs):

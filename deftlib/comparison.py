@@ -1,0 +1,103 @@
+"""All methods side by side: what each of them gained and what it cost (notebook 07).
+
+    runs = trained(profile)                          # {method: [policy folder of each seed]}, the start policy first
+    frames = replies(profile, runs)
+    table = measured(profile, runs, frames)          # one row a method
+    best = frontier(table["with SFT"], table["mean"])
+
+Every method of `comparison.methods` runs plain on all lists and as `deft-<method>` on level A: same seeds and prompts.
+"""
+
+import numpy as np
+import pandas as pd
+
+from deftlib import evaluate, models, rewards, subset, train
+from deftlib.intervals import bootstrap_interval, paired_bootstrap
+
+
+def trained(profile):
+    """{method: [policy folder of each seed]}: the start policy (one for all seeds), the methods, their DEFT twins."""
+    methods = [prefix + method for prefix in ("", "deft-") for method in profile.comparison.methods]
+    seeds = profile.comparison.seeds
+    return {"start": [models.start_policy(profile)]} | {m: [train.fit(profile, m, s) for s in seeds] for m in methods}
+
+
+def replies(profile, runs):
+    """{method: [`evaluate.replies` of each seed]}, the same prompts for all."""
+    parts = subset.parts(profile)
+    r_eval = rewards.reward_model(profile, "evaluate", parts)
+    seeds = profile.comparison.seeds
+    return {m: [evaluate.replies(profile, f, parts, r_eval, s) for f, s in zip(runs[m], seeds)] for m in runs}
+
+
+def measured(profile, runs, frames):
+    """One row a method: mean, low, high of the headline measure (`evaluate.headline`), then what else was measured.
+
+    r_eval: 100 * mean sigmoid. BLEU: on characters. words a reply. KL, KL low, KL high: nats a reply from the start
+    policy, and from SFT: the same from the SFT model, for the methods that start there. seconds: training alone; with
+    SFT: and of the SFT model it starts from. peak MB: memory of the training above what the process held before.
+    Means over prompts and seeds; intervals are bootstrapped over both.
+    """
+    _, score = evaluate.headline(profile)
+    start = runs["start"][0]
+    rows = {}
+    for method, policies in runs.items():
+        every = pd.concat(frames[method])
+        mean = bootstrap_interval(evaluate.by_prompt(frames[method], score))
+        row = {"mean": mean.mean, "low": mean.low, "high": mean.high}
+        row["r_eval"] = evaluate.sigmoid_reward(every["reward"]).mean()
+        row |= {"BLEU": every["bleu"].mean(), "words": every["words"].mean()}
+        kl = bootstrap_interval(_by_prompt(profile, policies, [start] * len(policies), frames[method]))
+        row |= {"KL": kl.mean, "KL low": kl.low, "KL high": kl.high}
+        row |= _costs(profile, method, policies)
+        if method.removeprefix("deft-") in train.FROM_SFT:
+            sft = [train.fit(profile, "sft", seed) for seed in profile.comparison.seeds]
+            row["KL from SFT"] = _by_prompt(profile, policies, sft, frames[method]).mean()
+        rows[method] = row
+    return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def _by_prompt(profile, policies, references, frames):
+    """[S, N]: KL of each seed's policy from its reference, mean over the samples of a prompt."""
+    of_seeds = [
+        frame.assign(kl=evaluate.divergence(profile, policy, reference, frame))
+        for policy, reference, frame in zip(policies, references, frames)
+    ]
+    return evaluate.by_prompt(of_seeds, "kl")
+
+
+def _costs(profile, method, policies):
+    """Training seconds, alone and with the SFT model that the method starts from, and peak memory: means over seeds."""
+    if method == "start":
+        return {"seconds": 0.0, "with SFT": 0.0, "peak MB": np.nan}
+    summaries = pd.DataFrame([train.summary(policy) for policy in policies])
+    before = 0.0
+    if method.removeprefix("deft-") in train.FROM_SFT:
+        sft = [train.summary(train.fit(profile, "sft", seed)) for seed in profile.comparison.seeds]
+        before = np.mean([summary["seconds"] for summary in sft])
+    seconds = summaries["seconds"].mean()
+    return {"seconds": seconds, "with SFT": seconds + before, "peak MB": summaries["peak_memory"].mean() / 2**20}
+
+
+def deft_effect(profile, frames):
+    """What DEFT adds to each method: difference, low, high of the headline measure, DEFT-m minus m, paired by prompt.
+
+    It mixes two things, the choice of level A and R_dis in the loss, and the twin takes fewer updates; notebook 06
+    parts them.
+    """
+    _, score = evaluate.headline(profile)
+    values = {method: evaluate.by_prompt(of_seeds, score) for method, of_seeds in frames.items()}
+    pairs = {m: (values[f"deft-{m}"], values[m]) for m in values if f"deft-{m}" in values}
+    rows = {m: paired_bootstrap(*pair)._asdict() for m, pair in pairs.items()}
+    return pd.DataFrame(rows).T.rename(columns={"mean": "difference", "n": "prompts"}).rename_axis("method")
+
+
+def frontier(costs, values):
+    """Which entries nobody beats: none that costs less or the same is worth more, or the same for less. bool[N].
+
+    costs: float[N], lower is better. values: float[N], higher is better. Ties in both are all kept.
+    """
+    costs, values = np.asarray(costs, float), np.asarray(values, float)
+    at_least_as_good = (costs[None] <= costs[:, None]) & (values[None] >= values[:, None])
+    better = (costs[None] < costs[:, None]) | (values[None] > values[:, None])
+    return ~(at_least_as_good & better).any(1)
