@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
-NAMES := 00_walkthrough 01_grading 02_distribution 03_training 04_evaluation 05_mt_bench 06_ablation
+NAMES := 00_walkthrough 01_grading 02_distribution 03_training 04_evaluation 05_mt_bench 06_ablation 07_methods
 
 .PHONY: paper test report lab notebooks data clean help
 .NOTPARALLEL:
@@ -33,6 +33,7 @@ $(OUT)/03_training.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE))
 $(OUT)/04_evaluation.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) refine human_eval)
 $(OUT)/05_mt_bench.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) mini_bench mt_bench)
 $(OUT)/06_ablation.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) ablation)
+$(OUT)/07_methods.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) comparison)
 $(OUT)/human_rating.ipynb: $(call modules,$(DATA) $(TRAIN) $(SCORE) human_eval)
 
 $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/* data/mini/*/*) | $(READY)

@@ -20,7 +20,7 @@ from deftlib.loop import Progress, fit_or_resume, read_log
 from deftlib.profile import Profile, Text
 from deftlib.trainers import LIST_METHODS
 
-UPDATES, LISTS, LISTS_PER_UPDATE = 20, 40, 2
+UPDATES, LISTS, LISTS_PER_UPDATE = 20, 20, 1  # as little as shows it: minutes a method on two cores
 TEXT = Text(prompt_tokens=48, reply_tokens=32)
 MOST_RESPONSES = 8
 LISTWISE = [name for name, method in LIST_METHODS.items() if not method.pairs]
@@ -65,13 +65,13 @@ def measured(profile, method, data):
 
 
 def own_lists(profile):
-    """40 lists, equally over the subsets, of the policy part."""
+    """20 lists, equally over the subsets, of the policy part."""
     lists = preferences.read_lists(subset.parts(profile) / "policy.parquet")
     return preferences.sample(lists, LISTS)
 
 
 def openassistant():
-    """40 lists of two to eight replies that people ranked, longer ones cut: half of the lists have three or more."""
+    """20 lists of two to eight replies that people ranked, longer ones cut: half of the lists have three or more."""
     ranked = preferences.read(preferences.locate("oasst"))
     order = sorted(range(len(ranked)), key=lambda i: -len(ranked[i]["responses"]))
     chosen = sorted(order[: LISTS // 2] + order[-LISTS // 2 :])

@@ -212,9 +212,9 @@ def sr_dpo_loss(policy_sums, reference_sums, quality_sums, quality_reference_sum
 
     The refinement D is the margin of the same pair, read after a quality prefix, under the policy as it is now, without
     gradient. Certain, from the abstract and the public reviews: the policy's own log-ratio, a prefix before the prompt,
-    a weight lambda > 0, no gradient through the term, DPO and IPO as carriers. Inferred, as no code is public: that D is
-    subtracted, that beta multiplies it too, and whether the reference enters it (a review says that the term looks like
-    DPO's but for the prefix, which speaks for it); so both readings are here.
+    a weight lambda > 0, no gradient through the term, DPO and IPO as carriers. Inferred, as no code is public: that D
+    is subtracted, that beta multiplies it too, and whether the reference enters it (a review says that the term looks
+    like DPO's but for the prefix, which speaks for it); so both readings are here.
     policy_sums, reference_sums: float[B, 2], good response first. quality_sums: float[B, 2] under the policy with the
     prefix. quality_reference_sums: the same under the reference, for D = the margin of log-ratios; None: of
     log-probabilities. weight: lambda. Returns a scalar > 0. Raises ValueError unless there are two responses.

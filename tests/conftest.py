@@ -1,5 +1,6 @@
 """Shared by the tests of training: a tokenizer of 40 words, random models of width 16, short ranked lists."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,12 @@ SMALL = {  # of any architecture; weights large enough for logits and R_dis of o
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imported_is_no_garbage():
+    """Every training starts with a garbage collection; half a second goes on what was only imported."""
+    gc.freeze()
 
 
 @pytest.fixture

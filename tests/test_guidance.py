@@ -3,31 +3,37 @@
 import pytest
 import torch
 from conftest import SMALL
+from datasets import concatenate_datasets
 from peft import LoraConfig
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PhiConfig,
     PhiForCausalLM,
+    Trainer,
     TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from deftlib import train
+from deftlib import train, trainers
 from deftlib.distribution import distribution_reward
-from deftlib.guidance import best_responses, outputs_of
+from deftlib.guidance import DistributionGuided, best_responses, outputs_of
 from deftlib.loop import arguments
 from deftlib.losses import pro_loss, rrhf_loss
-from deftlib.models import ModelError
+from deftlib.models import ModelError, check_head
 
 METHODS = ["sft", "dpo", "pro", "rrhf"]
 LENGTHS = {"sft": 2, "dpo": 2, "pro": 3, "rrhf": 3}
-LIST_LOSSES = {"pro": lambda s, c, r: pro_loss(s, c), "rrhf": rrhf_loss}
-GUIDED = {"sft": train.GuidedSFTTrainer, "dpo": train.GuidedPairTrainer}
+LIST_LOSSES = {"pro": lambda s: pro_loss(s.sums, s.counts), "rrhf": lambda s: rrhf_loss(s.sums, s.counts, s.rewards)}
+GUIDED = {"sft": trainers.GuidedSFTTrainer, "dpo": trainers.GuidedPairTrainer}
 
 
 class PlainDPOTrainer(DPOTrainer):
@@ -57,10 +63,10 @@ def make_trainer(tmp_path, tokenizer, q_diff):
             rows = lists.map(train._as_pair, remove_columns=["response_ids", "rewards"])
             kind = GUIDED[method] if guided else PlainDPOTrainer
             return kind(args=args, train_dataset=rows, ref_model=reference, **common)
-        return (train.GuidedRankedListTrainer if guided else train.RankedListTrainer)(
+        return (trainers.GuidedRankedListTrainer if guided else trainers.RankedListTrainer)(
             args=TrainingArguments(remove_unused_columns=False, **kwargs),
             train_dataset=lists,
-            data_collator=lambda rows: train.collate_lists(rows, tokenizer.pad_token_id),
+            data_collator=lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id),
             list_loss=LIST_LOSSES[method],
             **common,
         )
@@ -189,9 +195,9 @@ def test_the_trainer_sees_r_dis_as_printed(head, method, make_trainer, make_mode
     model.train()
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(model, first_batch(trainer))
-    expected = printed_reward(model, lists, q_diff, tokenizer).mean()
-    assert trainer._guided["R_dis"][0] == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
-    assert abs(expected) > 1e-3
+    expected = printed_reward(model, lists, q_diff, tokenizer).detach()
+    torch.testing.assert_close(trainer._guided["R_dis"][0].sort()[0], expected.sort()[0], rtol=1e-5, atol=1e-5)
+    assert abs(expected.mean()) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "pro"])
@@ -199,18 +205,47 @@ def test_only_tokens_of_the_best_response_count_and_eos_does_not(method, make_tr
     lists = make_lists(4, LENGTHS[method])
     trainer = make_trainer(method, make_model(), lists, reference=make_model() if method == "dpo" else None)
     batch = first_batch(trainer)
-    rows, labels = best_responses(batch, eos_token_id=1)
+    labels, count = best_responses(batch, end_ids=[1])
     tokens = [[t for t in row.tolist() if t != -100] for row in labels]
     best = [row["response_ids"][0][:-1] for row in lists]
-    assert sorted(tokens) == sorted(best)
-    flat_ids = batch["input_ids"].reshape(-1, labels.shape[1])[rows]
-    assert torch.equal(flat_ids[labels != -100], labels[labels != -100])
+    assert sorted(row for row in tokens if row) == sorted(best)
+    assert count == len(lists)
+    assert torch.equal(batch["input_ids"][labels != -100], labels[labels != -100])
+
+
+def test_lists_of_different_lengths_share_a_batch(make_trainer, make_model, make_lists, q_diff, tokenizer):
+    model, lists = make_model(), concatenate_datasets([make_lists(2, 3), make_lists(2, 2, seed=1), make_lists(1, 4)])
+    trainer = make_trainer("pro", model, lists, omega=1.0)
+    model.train()
+    trainer.compute_loss(model, first_batch(trainer))
+    expected = printed_reward(model, lists, q_diff, tokenizer).detach()
+    torch.testing.assert_close(trainer._guided["R_dis"][0].sort()[0], expected.sort()[0], rtol=1e-5, atol=1e-5)
 
 
 def test_soft_capped_heads_are_refused_by_name(make_trainer, make_lists):
     model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=30.0))
     with pytest.raises(ModelError, match="final_logit_softcapping"):
         make_trainer("sft", model, make_lists())
+
+
+def test_a_head_that_is_not_linear_is_found_by_trying():
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertLMHeadModel(BertConfig(**shape, intermediate_size=32, is_decoder=True)).train()
+    with pytest.raises(ModelError, match="the logits of bert are not scale"):  # a layer stands between h and W
+        check_head(model)
+    assert model.training
+
+
+def test_a_model_without_an_output_head_is_refused():
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification has no output head"):
+        check_head(LlamaForSequenceClassification(LlamaConfig(**SMALL)))
+
+
+def test_a_trainer_without_a_tokenizer_is_refused(make_model, q_diff, tmp_path):
+    class DeftTrainer(DistributionGuided, Trainer): ...
+
+    with pytest.raises(ValueError, match="needs a tokenizer as processing_class"):
+        DeftTrainer(make_model(), TrainingArguments(tmp_path, use_cpu=True), q_diff=q_diff)
 
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
@@ -226,7 +261,7 @@ def test_q_diff_of_another_vocabulary_is_refused(make_trainer, make_model, make_
 
 def test_a_batch_of_an_unknown_family_is_refused_with_its_keys():
     with pytest.raises(ValueError, match="input_ids"):
-        best_responses({"input_ids": torch.zeros(2, 3)}, eos_token_id=1)
+        best_responses({"input_ids": torch.zeros(2, 3)}, end_ids=[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -276,7 +311,7 @@ def test_lora_is_guided_by_the_adapted_pass_not_by_the_reference(
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, first_batch(trainer))
-    reward = trainer._guided["R_dis"][0]
+    reward = trainer._guided["R_dis"][0].mean()
     adapted = printed_reward(trainer.model, lists, q_diff, tokenizer).mean()
     untouched = printed_reward(make_model(), lists, q_diff, tokenizer).mean()
     assert reward == pytest.approx(adapted.item(), rel=1e-5, abs=1e-5)
@@ -356,9 +391,10 @@ def test_calibration_reaches_the_wanted_gradient_ratio(
     plain = make_trainer(method, model, lists, guided=False, reference=reference)
     method_norms, guide_norms = [], []
     for batch in batches[:3]:
-        rows, labels = best_responses(batch, tokenizer.eos_token_id)
-        flat = {name: batch[name].reshape(-1, labels.shape[1])[rows] for name in ("input_ids", "attention_mask")}
-        reward = distribution_reward(model(**flat).logits, labels, q_diff).mean()
+        labels, count = best_responses(batch, [tokenizer.eos_token_id])
+        best = (labels != -100).any(1)
+        inputs = {name: batch[name][best] for name in ("input_ids", "attention_mask")}
+        reward = distribution_reward(model(**inputs).logits, labels[best], q_diff).sum() / count
         guide_norms.append(gradient_norm(reward, model))
         method_norms.append(gradient_norm(plain.compute_loss(model, dict(batch)), model))
     assert omega * sum(guide_norms) / sum(method_norms) == pytest.approx(0.03, rel=1e-4)

@@ -188,6 +188,45 @@ def test_a_plain_method_logs_r_dis_and_never_optimises_it(start, tmp_path):
     assert all("R_dis" in json.loads(line) for line in (tmp_path / "sft" / "log.jsonl").open())
 
 
+@pytest.mark.parametrize("method", [prefix + method for method in train.METHODS for prefix in ("", "deft-")])
+def test_every_method_trains_with_and_without_the_reward(method, start, tmp_path, monkeypatch):
+    """Two updates through `build`, as `fit` runs them; r_train, which only RLOO asks, counts a word."""
+    monkeypatch.setattr(train, "_r_train_reward", lambda profile: counts_w3)
+    short = {"text.reply_tokens": 4, "training.rloo.generations": 2, "training.rloo.learning_rate": 1e-2}
+    profile, folder = Profile.load("mini", QUICK | short), tmp_path / "run"
+    q_diff, lists = start.parent / "q_diff.npz", Dataset.from_list(TEXTS)
+    trainer = train.build(folder, profile, method, 0, start, lists, q_diff, max_steps=2, save_strategy="no")
+    if method.startswith("deft-"):
+        assert trainer.calibrate(ratio=0.1, batches=1) > 0
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert all(name in trainer.state.log_history[0] for name in ("loss", "R_dis", "num_tokens"))
+
+
+def counts_w3(prompts, completions, **_):
+    return [float(said.split().count("w3")) + 0.1 * len(said) for said in completions]
+
+
+def test_a_reader_adds_a_method_with_one_loss_and_one_line(start, tmp_path, monkeypatch):
+    """The README's example: here it is a test that keeps that promise."""
+
+    def simpo_loss(sums, counts, beta=2.0, gamma=0.5):
+        scores = sums / counts
+        return -torch.nn.functional.logsigmoid(beta * (scores[:, 0] - scores[:, -1]) - gamma).mean()
+
+    line = trainers.ListMethod(lambda s, t: simpo_loss(s.sums, s.counts), recipe="dpo", pairs=True)
+    monkeypatch.setitem(trainers.LIST_METHODS, "simpo", line)
+    monkeypatch.setitem(train.RECIPES, "simpo", line.recipe)  # both tables are made from it when deftlib is imported
+    q_diff, lists = start.parent / "q_diff.npz", Dataset.from_list(TEXTS)
+    trainer = train.build(tmp_path / "run", Profile.load("mini", QUICK), "deft-simpo", 0, start, lists, q_diff)
+    trainer.omega = 1.0
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 # ---- asking for it -----------------------------------------------------------------------------------------------
 
 
