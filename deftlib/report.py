@@ -224,6 +224,23 @@ def save_figure(profile, name, figure, frame, title, notebook):
     _record(profile, name, title, notebook)
 
 
+def label_points(ax, xs, ys, bold=()):
+    """Write the names of points one under another beside the plot, each with a thin line to its point.
+
+    xs: a Series whose index are the names. ys: a Series that has those names. bold: the names to stress. Call it when
+    the limits of the axes stand: labels keep the order of the heights on screen and spread as far as they need room.
+    """
+    room = 0.045  # the height of a line, as a share of the plot's
+    to_axes = (ax.transData + ax.transAxes.inverted()).transform
+    heights = sorted((to_axes((xs[name], ys[name]))[1], name) for name in xs.index)
+    place, line = -room, {"arrowstyle": "-", "lw": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 2}
+    for above, (height, name) in zip(range(len(heights) - 1, -1, -1), heights):
+        place = max(place + room, min(height, 1 - above * room))  # clear of the one below, with room for those above
+        where = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+        weight = "bold" if name in bold else "normal"
+        ax.annotate(name, xy=(xs[name], ys[name]), arrowprops=line, fontsize=8, weight=weight, **where)
+
+
 def save_claim(profile, claim, ours, notebook, part="", note=""):
     """Record in `claims.json` what this run says to one part of a claim, and write its two pages anew.
 

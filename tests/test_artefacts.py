@@ -12,6 +12,7 @@ from deftlib.profile import Profile
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+MODULES = ["first_updates"]  # commands that save something themselves
 MEASURED = [path for path in sorted((ROOT / "figures").glob("*")) if path.name in ("smol", "gpu", "paper")]
 PARTS = claims.parts(report.published())
 SAVERS = {"save_table": ("csv", "md", "tex"), "save_figure": ("csv", "pdf", "png"), "save_claim": ()}
@@ -54,12 +55,17 @@ def saved_in(notebook):
     return [call for source in claims.code_cells(notebook) for call in calls(source)]
 
 
+def saved_by(module):
+    return calls((ROOT / "deftlib" / f"{module}.py").read_text())
+
+
 def makers(*functions):
-    """[(name, notebook)] of every table, figure or claim that a cell saves."""
+    """[(name, maker)] of every table, figure or claim that a cell or a module saves."""
+    saved = {**{n: saved_in(n) for n in NOTEBOOKS}, **{m: saved_by(m) for m in MODULES}}
     return [
-        (argument.value, notebook)
-        for notebook in NOTEBOOKS
-        for function, argument in saved_in(notebook)
+        (argument.value, maker)
+        for maker, found in saved.items()
+        for function, argument in found
         if function in functions and isinstance(argument, ast.Constant)
     ]
 
@@ -111,7 +117,7 @@ def test_every_committed_file_has_a_cell_that_makes_it(folder):
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
 def test_a_committed_table_or_figure_is_whole_and_has_its_provenance(folder):
     provenance = json.loads((folder / "provenance.json").read_text())
-    kinds = {argument.value: SAVERS[f] for n in NOTEBOOKS for f, argument in saved_in(n) if SAVERS[f]}
+    kinds = {name: SAVERS[f] for f in SAVERS if SAVERS[f] for name, _ in makers(f)}
     stems = {path.stem for path in folder.iterdir() if path.name not in BESIDE}
     assert stems == provenance.keys()
     for stem in stems & kinds.keys():

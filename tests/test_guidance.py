@@ -1,5 +1,7 @@
 """The distribution reward inside real trainers: its value, its gradient under accumulation, calibration, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import SMALL
@@ -142,6 +144,23 @@ def test_an_update_cut_short_by_the_end_of_the_data_weighs_its_batches_fully(
         )
         pushes.append(guided - plain)
     assert torch.norm(pushes[0] - pushes[1]) < 1e-5 * torch.norm(pushes[0])
+
+
+@pytest.mark.parametrize(
+    "scaled, accepts, items, own_loss, steps",
+    [
+        (True, False, None, None, 4),  # the trainer says that it divides
+        (False, True, 30, None, 1),  # or that it does not
+        (None, True, 30, None, 4),  # else a loss by the tokens of the whole update is divided
+        (None, True, None, None, 1),
+        (None, False, 30, None, 1),
+        (None, False, None, len, 4),  # and so is one that the user brings
+    ],
+)
+def test_the_reward_is_divided_where_transformers_takes_the_loss_as_divided(scaled, accepts, items, own_loss, steps):
+    trainer = SimpleNamespace(loss_is_scaled_for_ga=scaled, model_accepts_loss_kwargs=accepts)
+    trainer.compute_loss_func, trainer.current_gradient_accumulation_steps = own_loss, 4
+    assert DistributionGuided._accumulation(trainer, items) == steps
 
 
 # ---- omega = 0 ---------------------------------------------------------------------------------------------------
@@ -423,5 +442,7 @@ def test_the_ratio_is_logged_every_so_many_updates_and_not_divided_by_accumulati
         trainer.train()
         entries = trainer.state.log_history[:-1]
         assert ["gradient_ratio" in entry for entry in entries] == [True, False, True, False]
+        for entry in entries:
+            assert entry["loss"] == pytest.approx(entry["loss_method"] - 2.0 * entry["R_dis"], abs=1e-3)
         ratios.append(entries[0]["gradient_ratio"])
     assert ratios[1] == pytest.approx(ratios[0], rel=0.3)

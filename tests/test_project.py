@@ -102,7 +102,7 @@ def test_ci_takes_its_two_commands_from_the_readme():
     assert "README.md" in (ROOT / ".ci/run").read_text()
 
 
-COMMANDS = ["preferences", "train", "extend", "refine", "mt_bench", "site", "run", "mini_world"]
+COMMANDS = ["preferences", "train", "first_updates", "extend", "refine", "mt_bench", "site", "run", "mini_world"]
 
 
 @pytest.mark.parametrize("module", COMMANDS)

@@ -3,6 +3,7 @@
 import json
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -212,3 +213,24 @@ def test_a_claim_needs_a_known_name_and_a_number_or_a_reason(profile, tmp_path):
     with pytest.raises(ValueError, match="say why in `note`"):
         report.save_claim(profile, "training-time", None, "04_evaluation")
     assert not (tmp_path / "mini").exists()
+
+
+def test_labels_of_points_keep_their_order_and_stay_apart_and_inside():
+    report.style()
+    fig, ax = plt.subplots()
+    ys = pd.Series({"a": 10.0, "b": 10.1, "c": 10.2, "low": 0.0, "top": 10.3})
+    xs = pd.Series(1.0, index=ys.index)
+    ax.plot(xs, ys, "o")
+    report.label_points(ax, xs, ys, bold=["top"])
+    places = {text.get_text(): text.xyann[1] for text in ax.texts}
+    assert sorted(places, key=places.get) == ["low", "a", "b", "c", "top"]
+    gaps = np.diff(sorted(places.values()))
+    assert gaps.min() > 0.0449 and max(places.values()) <= 1
+    assert [text.get_text() for text in ax.texts if text.get_weight() == "bold"] == ["top"]
+    plt.close(fig)
+
+
+def test_the_command_of_a_table_is_its_notebook_or_its_module():
+    profile = Profile.load("smol")
+    assert report._command(profile, "07_methods") == "python -m deftlib.run notebooks/07_methods.ipynb --profile smol"
+    assert report._command(profile, "first_updates") == "python -m deftlib.first_updates --profile smol"
