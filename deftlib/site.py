@@ -162,7 +162,8 @@ def _overview(profile, figures, made, notebooks):
         known = notebooks.get(name)
         sources = [cell.source for cell in _code_cells(known)] if known else []
         cells = {each: _saving(sources, each) for each in made if made[each]["notebook"] == name}
-        heading = f'<a href="{name}.html">{escape(title_of(known))}</a>' if known else f"{name}, not executed here"
+        command = next(entry["command"] for entry in made.values() if entry["notebook"] == name)
+        heading = f'<a href="{name}.html">{escape(title_of(known))}</a>' if known else f"From {escape(command)}"
         parts.append(f"<h2>{heading}</h2>")
         for each in sorted(cells, key=lambda each: cells[each] or 0):
             cell = f"cell {cells[each]}" if cells[each] else name

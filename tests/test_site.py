@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 MINI = Profile.load("mini")
 ENTRY = {
+    "command": "python -m deftlib.run notebooks/01_count.ipynb",
     "created": "2026-11-21T10:00:00+00:00",
     "git": {"commit": "0123456789abcdef", "dirty": True},
     "device": "CPU x86_64",
