@@ -2,38 +2,38 @@
 
 Read the notebooks first; they call these modules, and imports point down this list only:
 
-    run           execute one notebook headless, publish it atomically
-    site          executed notebooks, tables and figures as static pages
-    report        tables, figures and verdicts -> figures/<profile>/
-    claims        what the paper claims, the rule of verdicts, the page of them
-    human_eval    blind pairs, a rating page, win rates and agreement
-    mt_bench      questions, judge, scores
-    mini_bench    MT-Bench's format in the mini world, with a judge by rule
-    comparison    all methods side by side: gain, cost, distance, the frontier
-    first_updates twenty updates of every method on a real model
-    ablation      the runs behind Table 3 and the sweeps
-    refine        reference answers rewritten by a stronger model
-    extend        one more reply for every list: D_3 from an endpoint or from the SFT policy
-    train         fit(method, ...): one policy by any method, published
-    trainers      the table of methods, trainers for ranked lists, IFT, TRL's own
-    guidance      DistributionGuided: the mixin that adds the distribution reward to any of them
-    losses        Eqs. 5-12 and 18: pure functions of tensors
-    subset        from preference lists to the graded subset and q_diff, published as Parquet
-    evaluate      score the replies of a policy, compare policies
-    generation    what a policy says to a prompt, in process or behind an endpoint
-    metrics       text scores: BLEU, BARTScore, distinct-n
-    endpoint      ask any OpenAI-compatible server; answers kept as they come
-    distribution  counts, q_diff, R_dis, direction: pure
-    grading       levels, sides: pure
-    rewards       reward models: load, train, score
-    intervals     means with 95 % intervals: bootstrap, paired, shares
-    loop          what all trainings share: arguments, progress lines, checkpoints to resume from
-    models        policies and tokenizers: load, including the embedded defaults
-    preferences   ranked lists: read, check, reject, split
-    sources       where ranked lists come from, and the formats of their rows
-    mini_world    the authored world of data/mini, with its known true reward
-    profile       Profile: one typed record, unknown keys refused
-    store         where results live; atomic publication, manifest, provenance
+    run            execute one notebook headless, publish it atomically
+    site           executed notebooks, tables and figures as static pages
+    report         tables, figures and verdicts -> figures/<profile>/
+    claims         what the paper claims, the rule of verdicts, the page of them
+    human_eval     blind pairs, a rating page, win rates and agreement
+    mt_bench       questions, judge, scores
+    mini_bench     MT-Bench's format in the mini world, with a judge by rule
+    comparison     all methods side by side: gain, cost, distance, the frontier
+    first_updates  twenty updates of every method on a real model
+    ablation       the runs behind Table 3 and the sweeps
+    refine         reference answers rewritten by a stronger model
+    extend         one more reply for every list: D_3 from an endpoint or from the SFT policy
+    train          fit(method, ...): one policy by any method, published
+    trainers       the table of methods, trainers for ranked lists, IFT, TRL's own
+    guidance       DistributionGuided: the mixin that adds the distribution reward to any of them
+    losses         Eqs. 5-12 and 18, and the other methods': pure functions of tensors
+    subset         from preference lists to the graded subset and q_diff, published as Parquet
+    evaluate       score the replies of a policy, compare policies
+    generation     what a policy says to a prompt, in process or behind an endpoint
+    metrics        text scores: BLEU, BARTScore, distinct-n
+    endpoint       ask any OpenAI-compatible server; answers kept as they come
+    distribution   counts, q_diff, R_dis, direction: pure
+    grading        levels, sides: pure
+    rewards        reward models: load, train, score
+    intervals      means with 95 % intervals: bootstrap, paired, shares
+    loop           what all trainings share: arguments, progress lines, checkpoints to resume from
+    models         policies and tokenizers: load, including the embedded defaults
+    preferences    ranked lists: read, check, reject, split
+    sources        where ranked lists come from, and the formats of their rows
+    mini_world     the authored world of data/mini, with its known true reward
+    profile        Profile: one typed record, unknown keys refused
+    store          where results live; atomic publication, manifest, provenance
 """
 
 import os
