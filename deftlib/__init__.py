@@ -4,13 +4,13 @@ Read the notebooks first; they call these modules, and imports point down this l
 
     run            execute one notebook headless, publish it atomically
     site           executed notebooks, tables and figures as static pages
+    first_updates  twenty updates of every method on a real model
     report         tables, figures and verdicts -> figures/<profile>/
     claims         what the paper claims, the rule of verdicts, the page of them
     human_eval     blind pairs, a rating page, win rates and agreement
     mt_bench       questions, judge, scores
     mini_bench     MT-Bench's format in the mini world, with a judge by rule
     comparison     all methods side by side: gain, cost, distance, the frontier
-    first_updates  twenty updates of every method on a real model
     ablation       the runs behind Table 3 and the sweeps
     refine         reference answers rewritten by a stronger model
     extend         one more reply for every list: D_3 from an endpoint or from the SFT policy

@@ -33,10 +33,11 @@ def replies(profile, runs):
 def measured(profile, runs, frames):
     """One row a method: mean, low, high of the headline measure (`evaluate.headline`), then what else was measured.
 
-    r_eval: 100 * mean sigmoid. BLEU: on characters. words a reply. KL, KL low, KL high: nats a reply from the start
-    policy, and from SFT: the same from the SFT model, for the methods that start there. seconds: training alone; with
-    SFT: and of the SFT model it starts from. peak MB: memory of the training above what the process held before.
-    Means over prompts and seeds; intervals are bootstrapped over both.
+    r_eval: 100 * mean sigmoid. BLEU: on characters. words a reply. unknown (%): sentences nobody wrote, in the mini
+    world. KL, KL low, KL high: nats a reply from the start policy; KL from SFT: from the SFT model, of the methods that
+    start there. updates. seconds: of the whole run, loading and calibration included; with SFT: and those of the SFT
+    model that it starts from. peak MB: what the run held above what the process held before; of DEFT's twins it is the
+    calibration's. Means over prompts and seeds; intervals are bootstrapped over both.
     """
     _, score = evaluate.headline(profile)
     start = runs["start"][0]
@@ -47,6 +48,8 @@ def measured(profile, runs, frames):
         row = {"mean": mean.mean, "low": mean.low, "high": mean.high}
         row["r_eval"] = evaluate.sigmoid_reward(every["reward"]).mean()
         row |= {"BLEU": every["bleu"].mean(), "words": every["words"].mean()}
+        if "unknown" in every:
+            row["unknown (%)"] = 100 * every["unknown"].mean()
         kl = bootstrap_interval(_by_prompt(profile, policies, [start] * len(policies), frames[method]))
         row |= {"KL": kl.mean, "KL low": kl.low, "KL high": kl.high}
         row |= _costs(profile, method, policies)
@@ -69,14 +72,14 @@ def _by_prompt(profile, policies, references, frames):
 def _costs(profile, method, policies):
     """Training seconds, alone and with the SFT model that the method starts from, and peak memory: means over seeds."""
     if method == "start":
-        return {"seconds": 0.0, "with SFT": 0.0, "peak MB": np.nan}
+        return {"updates": 0, "seconds": 0.0, "with SFT": 0.0, "peak MB": np.nan}
     summaries = pd.DataFrame([train.summary(policy) for policy in policies])
     before = 0.0
     if method.removeprefix("deft-") in train.FROM_SFT:
         sft = [train.summary(train.fit(profile, "sft", seed)) for seed in profile.comparison.seeds]
         before = np.mean([summary["seconds"] for summary in sft])
-    seconds = summaries["seconds"].mean()
-    return {"seconds": seconds, "with SFT": seconds + before, "peak MB": summaries["peak_memory"].mean() / 2**20}
+    seconds, peak = summaries["seconds"].mean(), summaries["peak_memory"].mean() / 2**20
+    return {"updates": summaries["updates"].mean(), "seconds": seconds, "with SFT": seconds + before, "peak MB": peak}
 
 
 def deft_effect(profile, frames):
@@ -93,9 +96,9 @@ def deft_effect(profile, frames):
 
 
 def frontier(costs, values):
-    """Which entries nobody beats: none that costs less or the same is worth more, or the same for less. bool[N].
+    """Which entries nobody beats: no other costs at most as much and is worth at least as much, one of them strictly.
 
-    costs: float[N], lower is better. values: float[N], higher is better. Ties in both are all kept.
+    costs: float[N], lower is better. values: float[N], higher is better. Returns bool[N]; equal entries are all kept.
     """
     costs, values = np.asarray(costs, float), np.asarray(values, float)
     at_least_as_good = (costs[None] <= costs[:, None]) & (values[None] >= values[:, None])

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ class Progress(TrainerCallback):
             return
         entry = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.seconds, 2), **logs}
         if "num_tokens" in logs:
-            if self.tokens is not None:  # the first entry counts calibration too
+            if self.tokens is not None:  # a rate takes two entries
                 entry["tokens_per_second"] = (logs["num_tokens"] - self.tokens) / (self.seconds - self.tokens_at)
             self.tokens, self.tokens_at = logs["num_tokens"], self.seconds
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -100,34 +101,33 @@ class PeakMemory:
     """The most memory that a block of code held above what was held before it, in bytes: `with PeakMemory() as memory`.
 
     On a GPU torch's own count; on Linux the resident set of the process, after unused memory went back to the system;
-    elsewhere NaN. Libraries keep buffers, so the first block that uses one pays for it.
+    NaN where the system does not tell. Libraries keep buffers, so the first block that uses one pays for it.
     """
 
     def __enter__(self):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
-        elif _STATUS.is_file():
+        else:
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
             if trim:
                 trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc_pid_clear_refs(5)
-            self.before = _resident("VmRSS")
+            with suppress(OSError):  # no such file, or read-only in a container: then the peak is NaN
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc_pid_clear_refs(5)
+                self.before = _resident("VmRSS")
         return self
 
     def __exit__(self, *_):
         if torch.cuda.is_available():
             self.bytes = torch.cuda.max_memory_allocated() - self.before
         else:
-            self.bytes = _resident("VmHWM") - self.before if _STATUS.is_file() else math.nan
-
-
-_STATUS = Path("/proc/self/status")
+            self.bytes = _resident("VmHWM") - self.before if hasattr(self, "before") else math.nan
 
 
 def _resident(field):
     """A field of /proc/self/status in bytes; the kernel counts in kB."""
-    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])
 
 

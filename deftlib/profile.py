@@ -129,6 +129,7 @@ class Training:
     rrhf_rank_weight: float = 1.0  # rrhf-official: 1 in the authors' script, 100 in their defaults
     ift_mixing: float = 0.2  # lambda, the authors' configuration
     ift_gamma: float = 0.95  # the same
+    ift_detach_weights: bool = False  # the same: the gradient flows through the weights
     ipo_length_normalised: bool = True  # as TRL; false: sums, as the DPO repository
     sr_weight: float = 0.5  # lambda of Sr-DPO and Sr-IPO; none is public: our choice
     sr_with_reference: bool = True  # whether the reference enters the refinement: the two readings
@@ -145,7 +146,7 @@ class Training:
     bf16: bool = False
     gradient_checkpointing: bool = False
     log_steps: int = 10
-    save_steps: int = 0  # checkpoints to resume from, every so many updates; 0 = none
+    save_steps: int = 0  # checkpoints, every so many updates; 0 = none. For RLOO a multiple of updates_per_sampling
     ratio_steps: int = 100  # how often the gradient-norm ratio is measured
 
 

@@ -97,13 +97,13 @@ def style():
     )
 
 
-def save_table(profile, name, frame, title, notebook, best=None):
+def save_table(profile, name, frame, title, notebook, best=None, seeds=None):
     """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV.
 
     best: {column of the frame: "highest" or "lowest"}; in Markdown and LaTeX the best number of that column is bold and
     the second best underlined, over all rows, as in the paper's Table 2. Numbers that print alike share their mark;
-    text and NaN (printed as –) have none. Columns and rows may have levels, like (subset, metric). Raises ValueError
-    for another column or rule.
+    text and NaN (printed as –) have none. seeds: those behind it, for its provenance; the profile's unless given.
+    Columns and rows may have levels, like (subset, metric). Raises ValueError for another column or rule.
     """
     folder, text = _folder(profile), _as_text(frame)
     marks = _marks(frame, text, best or {})
@@ -111,7 +111,7 @@ def save_table(profile, name, frame, title, notebook, best=None):
     store.write_atomic(folder / f"{name}.csv", flat.to_csv())
     store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{_markdown(text, marks)}\n")
     store.write_atomic(folder / f"{name}.tex", _latex(text, marks, title, f"tab:{name}"))
-    _record(profile, name, title, notebook)
+    _record(profile, name, title, notebook, seeds)
 
 
 def _as_text(frame):
@@ -211,8 +211,8 @@ def _joined(label, between):
     return between.join(map(str, label)) if isinstance(label, tuple) else str(label)
 
 
-def save_figure(profile, name, figure, frame, title, notebook):
-    """Write a figure as PNG and PDF and the numbers it shows as CSV to `figures/<profile>/`."""
+def save_figure(profile, name, figure, frame, title, notebook, seeds=None):
+    """Write a figure as PNG and PDF and the numbers it shows as CSV to `figures/<profile>/`. seeds: as `save_table`."""
     folder = _folder(profile)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
@@ -221,7 +221,7 @@ def save_figure(profile, name, figure, frame, title, notebook):
             figure.savefig(temporary)
             os.replace(temporary, folder / f"{name}.{kind}")
     store.write_atomic(folder / f"{name}.csv", frame.to_csv())
-    _record(profile, name, title, notebook)
+    _record(profile, name, title, notebook, seeds)
 
 
 def label_points(ax, xs, ys, bold=()):
@@ -288,11 +288,12 @@ def _command(profile, notebook):
     return f"python -m deftlib.{notebook} --profile {profile.name}"
 
 
-def _record(profile, name, title, notebook):
+def _record(profile, name, title, notebook, seeds):
     """Add to `provenance.json` what made this table or figure; `profile.yaml` beside it holds all parameters."""
+    seeds = profile.seeds if seeds is None else seeds
     store.write_atomic(_folder(profile) / "profile.yaml", f"{profile}\n")
     path = _folder(profile) / "provenance.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    known[name] = {"title": title, "notebook": notebook, "command": _command(profile, notebook), "seeds": profile.seeds}
+    known[name] = {"title": title, "notebook": notebook, "command": _command(profile, notebook), "seeds": seeds}
     known[name] |= {"stages": list(store.USED.get(profile.name, {})), **store.provenance()}
     store.write_atomic(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")

@@ -104,7 +104,8 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
     key["recipe"] = {name: value for name, value in vars(recipe).items() if name != "omega"}
     key["training"] = _shared_settings(training)
     if base == "rloo":
-        key["r_train"] = models.identity(rewards.reward_model(profile, "train", subset.parts(profile)))
+        r_train, spec = rewards.reward_model(profile, "train", subset.parts(profile)), profile.reward_models.train
+        key["r_train"] = [models.identity(r_train), spec.text_format, spec.max_tokens]
 
     def produce(folder):
         _train(folder, profile, method, seed, start, read_lists(chosen), q_diff_path, weight)
@@ -124,7 +125,7 @@ def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
         fit_or_resume(trainer, folder)
     trainer.processing_class.save_pretrained(folder)
     ratios = [entry["gradient_ratio"] for entry in trainer.state.log_history if "gradient_ratio" in entry]
-    summary = {"method": method, "seed": seed, "lists": len(trainer.train_dataset)}
+    summary = {"method": method, "seed": seed, "lists": trainers.lists_used(trainer)}
     summary |= {"updates": trainer.state.global_step, "peak_memory": memory.bytes}
     summary |= {"epochs": trainer.args.num_train_epochs, "learning_rate": trainer.args.learning_rate}
     summary |= {"omega": trainer.omega, "omega_reading": _plain(weight), "gradient_ratio": ratios}
@@ -158,13 +159,13 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         use_cpu=not torch.cuda.is_available(),  # transformers wants to be told before it allows bf16 there
         gradient_checkpointing=training.gradient_checkpointing,
     )
-    kwargs |= more
     common = {"model": model, "processing_class": tokenizer, "ratio_steps": training.ratio_steps}
     common["q_diff"] = subset.load_q_diff(q_diff_path, tokenizer)
     if base == "rloo":
-        args = RLOOConfig(**kwargs | _on_policy(profile, recipe))
+        args = RLOOConfig(**kwargs | _on_policy(profile, recipe) | more)
         common |= {"reward_funcs": _r_train_reward(profile), "text": profile.text}
         return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=lists.select_columns("prompt"), **common)
+    kwargs |= more
     encoded = encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
     if base == "sft":
         args = SFTConfig(**kwargs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -180,6 +181,7 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
     common["args"] = TrainingArguments(**kwargs, remove_unused_columns=False)
     if base == "ift":
         common |= {"mixing": training.ift_mixing, "gamma": training.ift_gamma}
+        common["detach_weights"] = training.ift_detach_weights
         common["data_collator"] = lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id)
         return trainers.GuidedIntuitiveTrainer(train_dataset=_responses_of(encoded, [0]), **common)
     list_method, prefix_ids = LIST_METHODS[base], None

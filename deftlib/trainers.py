@@ -6,7 +6,6 @@ attention_mask, labels: int[N, T]` with the responses of all lists one under ano
 """
 
 import copy
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -25,8 +24,6 @@ from deftlib.guidance import DistributionGuided, outputs_of
 # A TRL without this private name trains the same, only slower.
 if hasattr(trl_utils, "_use_triton"):
     trl_utils._use_triton = lambda device: True
-
-gc.freeze()  # every train() collects garbage; what is imported by now never is any, and costs 0.2 s to look through
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------------
@@ -120,34 +117,41 @@ class RankedListTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.list_loss, self.reference, self.scores_last_end = list_loss, reference, scores_last_end
         self.model_accepts_loss_kwargs = False  # the same for transformers < 5.19
-        if reference is not None:
-            reference.requires_grad_(False).eval().to(self.args.device)
+        if reference is not None:  # under the same autocast as the policy: else the two would not start equal
+            self.reference = self.accelerator.prepare_model(
+                reference.requires_grad_(False), evaluation_mode=True
+            ).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             self.num_tokens += int(inputs["attention_mask"].sum())
-        scores = self.scores(model, inputs)
-        of_lists = [
-            len(rows) * self.list_loss(scores.of(rows)) for rows in rows_by_length(inputs["list_lengths"])
-        ]  # one rectangle for each length of list
-        loss = sum(of_lists) / len(inputs["list_lengths"])
-        return (loss, {"sums": scores.sums, "counts": scores.counts}) if return_outputs else loss
+        loss, scored = self.loss_of(model, inputs)
+        return (loss, scored) if return_outputs else loss
+
+    def loss_of(self, model, inputs):
+        """(loss, {"sums": [N], "counts": [N]}) of a flat batch: one rectangle for each length of list."""
+        scores, lengths = self.scores(model, inputs), inputs["list_lengths"]
+        of_lists = [len(rows) * self.list_loss(scores.of(rows)) for rows in rows_by_length(lengths)]
+        return sum(of_lists) / len(lengths), {"sums": scores.sums, "counts": scores.counts}
 
     def scores(self, model, inputs):
         """`Scores` of all responses of a batch, flat: [N]."""
         rows = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         if not self.scores_last_end:
             rows["labels"] = without_end_of_longest(**rows, eos_token_id=self.processing_class.eos_token_id)
-        sums, counts = response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
+        sums, counts = self.log_probs(model, rows)
         found = {"sums": sums, "counts": counts, "lengths": rows["attention_mask"].sum(-1)}
         with torch.no_grad():
             if self.reference is not None:
-                found["reference_sums"], _ = response_log_probs(self.reference, self.reference, **rows)
+                found["reference_sums"], _ = self.log_probs(self.reference, rows)
             if "quality_input_ids" in inputs:
                 rows = {name: inputs[f"quality_{name}"] for name in rows}
-                found["quality_sums"], _ = response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
-                found["quality_reference_sums"], _ = response_log_probs(self.reference, self.reference, **rows)
+                found["quality_sums"], _ = self.log_probs(model, rows)
+                found["quality_reference_sums"], _ = self.log_probs(self.reference, rows)
         return Scores(**found, rewards=inputs["rewards"])
+
+    def log_probs(self, model, rows):
+        return response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
 
     def log(self, logs, start_time=None):
         super().log({**logs, "num_tokens": self.num_tokens}, start_time)
@@ -236,20 +240,18 @@ def _padded(pairs, pad_token_id):
 class IntuitiveTrainer(RankedListTrainer):
     """IFT on lists of one response: two passes, the second over inputs mixed with the first one's prediction.
 
-    mixing: lambda, see `losses.intuitive_embeddings`. gamma: see `losses.ift_loss`. The frozen copy of the embedding is
-    that of the model given. The authors' code takes the true tokens' embeddings from the frozen copy as well; here they
-    are the model's own, so that without mixing and propagation training is SFT (our choice). R_dis is taken on the
-    second pass, the one that is trained (our choice).
+    mixing: lambda, see `losses.intuitive_embeddings`. gamma, detach_weights: see `losses.ift_loss`. The frozen copy of
+    the embedding is that of the model given. The authors' code takes the true tokens' embeddings from the frozen copy
+    as well; here they are the model's own, so that without mixing and propagation training is SFT (our choice). R_dis
+    is taken on the second pass, the one that is trained (our choice).
     """
 
-    def __init__(self, model, *args, mixing=0.2, gamma=0.95, **kwargs):
+    def __init__(self, model, *args, mixing=0.2, gamma=0.95, detach_weights=False, **kwargs):
         super().__init__(model, *args, list_loss=None, **kwargs)
-        self.mixing, self.gamma = mixing, gamma
+        self.mixing, self.gamma, self.detach_weights = mixing, gamma, detach_weights
         self.frozen_embedding = copy.deepcopy(model.get_input_embeddings()).requires_grad_(False).to(self.args.device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            self.num_tokens += int(inputs["attention_mask"].sum())
+    def loss_of(self, model, inputs):
         ids, labels, mask = inputs["input_ids"], inputs["labels"], {"attention_mask": inputs["attention_mask"]}
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad():
@@ -259,8 +261,8 @@ class IntuitiveTrainer(RankedListTrainer):
         mixed = losses.intuitive_embeddings(unwrapped.get_input_embeddings()(ids), own, self.mixing)
         second = response_logits(model, unwrapped, labels, inputs_embeds=mixed, **mask)
         log_probs, is_response = selected_log_probs(second, labels)
-        loss = losses.ift_loss(log_probs, is_response, self.gamma)
-        return (loss, {"sums": log_probs.sum(-1), "counts": is_response.sum(-1)}) if return_outputs else loss
+        loss = losses.ift_loss(log_probs, is_response, self.gamma, self.detach_weights)
+        return loss, {"sums": log_probs.sum(-1), "counts": is_response.sum(-1)}
 
 
 # ---- TRL's -------------------------------------------------------------------------------------------------------
@@ -297,6 +299,22 @@ class OnPolicyTrainer(RLOOTrainer):
     def _tokenize_prompts(self, prompts):
         ids = [models.encode_prompt(self.processing_class, prompt, self.text) for prompt in prompts]
         return ids, None, {}  # TRL would add special tokens and not cut
+
+
+def lists_used(trainer):
+    """How many lists an epoch sees: all, except that TRL's on-policy trainers leave out a last short sampling batch.
+
+    Raises ValueError if they would see none.
+    """
+    lists = len(trainer.train_dataset)
+    if not isinstance(trainer, RLOOTrainer):
+        return lists
+    prompts = trainer.args.generation_batch_size // trainer.num_generations
+    if lists < prompts:
+        raise ValueError(
+            f"{lists} prompts do not fill one sampling batch of {prompts}: lower batch sizes or raise data"
+        )
+    return lists - lists % prompts
 
 
 class GuidedSFTTrainer(DistributionGuided, SFTTrainer):

@@ -17,6 +17,7 @@ PROFILE = Profile.load("mini", {"comparison.methods": ["sft", "dpo"], "compariso
 def said(rewards, kl=0.0):
     """What `evaluate.replies` gives, for three prompts."""
     frame = pd.DataFrame({"id": list("abc"), "true_reward": rewards, "reward": 0.0, "bleu": 20.0, "words": [3, 4, 5]})
+    frame["unknown"] = [0.0, 0.3, 0.6]
     return frame.assign(kl=kl)
 
 
@@ -28,7 +29,9 @@ def policies(tmp_path, monkeypatch):
         folder = tmp_path / f"{method}-seed{seed}"
         folder.mkdir(exist_ok=True)
         seconds = 100.0 if method == "sft" else 30.0
-        (folder / "summary.json").write_text(json.dumps({"seconds": seconds + seed, "peak_memory": 2**20 * (5 + seed)}))
+        (folder / "summary.json").write_text(
+            json.dumps({"seconds": seconds + seed, "peak_memory": 2**20 * (5 + seed), "updates": 7})
+        )
         return folder
 
     monkeypatch.setattr(train, "fit", fit)
@@ -53,7 +56,8 @@ def test_a_row_of_the_table_by_hand(policies):
     row = table.loc["dpo"]
     assert (row["mean"], row["KL"], row["KL from SFT"]) == (50, 7, 3.5)
     assert row["low"] < 50 < row["high"] and row["KL low"] < 7 < row["KL high"]
-    assert (row["r_eval"], row["BLEU"], row["words"]) == (50, 20, 4)
+    assert (row["r_eval"], row["BLEU"], row["words"], row["updates"]) == (50, 20, 4, 7)
+    assert row["unknown (%)"] == pytest.approx(30)
     assert (row["seconds"], row["with SFT"], row["peak MB"]) == (30.5, 131.0, 5.5)
 
 

@@ -333,6 +333,17 @@ def test_ift_without_propagation_is_the_sequence_mean_and_the_gradient_flows_thr
     assert not torch.allclose(*gradients)
 
 
+def test_the_gradient_through_ifts_weights_pushes_easy_last_tokens_down():
+    """Two hard tokens in the middle: the authors' gradient makes the easy end less likely, a detached one does not."""
+    log_probs, is_response = -exact([[0.1] * 4 + [3.0] * 2 + [0.1] * 6]), torch.ones(1, 12, dtype=bool)
+    last = []
+    for detach in (False, True):
+        given = log_probs.clone().requires_grad_()
+        ift_loss(given, is_response, gamma=0.95, detach_weights=detach).backward()
+        last.append(given.grad[0, -1].item())
+    assert last == pytest.approx([0.092, -0.003], abs=1e-3)  # descent moves against the gradient
+
+
 def test_intuitive_inputs_mix_embeddings_and_replace_response_tokens_alone():
     assert intuitive_embeddings(exact([1.0, 0.0]), exact([0.0, 1.0]), weight=0.2).tolist() == [0.8, 0.2]
     ids, labels = torch.tensor([[5, 6, 7, 2]]), torch.tensor([[-100, 6, 7, -100]])

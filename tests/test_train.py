@@ -149,7 +149,7 @@ def run(folder, start, method, kill_after=None, monkeypatch=None):
     return folder
 
 
-@pytest.mark.parametrize("method", ["deft-sft", "deft-dpo", "deft-pro"])
+@pytest.mark.parametrize("method", ["deft-sft", "deft-dpo", "deft-pro", "deft-ift", "deft-sr-dpo"])
 def test_a_killed_training_continues_as_if_nothing_had_happened(method, start, tmp_path, monkeypatch, capsys):
     whole = run(tmp_path / "whole", start, method, monkeypatch=monkeypatch)
     killed = tmp_path / "killed"
@@ -159,6 +159,7 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(method, start, t
     monkeypatch.setattr(trainers.GuidedSFTTrainer, "calibrate", None)  # must not be asked again
     monkeypatch.setattr(trainers.GuidedPairTrainer, "calibrate", None)
     monkeypatch.setattr(trainers.GuidedRankedListTrainer, "calibrate", None)
+    monkeypatch.setattr(trainers.GuidedIntuitiveTrainer, "calibrate", None)
     capsys.readouterr()
     run(killed, start, method, monkeypatch=monkeypatch)
     assert "resuming from checkpoint-4" in capsys.readouterr().out
@@ -204,6 +205,22 @@ def test_every_method_trains_with_and_without_the_reward(method, start, tmp_path
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert all(name in trainer.state.log_history[0] for name in ("loss", "R_dis", "num_tokens"))
+
+
+def test_r_train_judges_what_is_said_before_the_next_turn(monkeypatch):
+    asked = {}
+
+    def score(judge, tokenizer, prompts, replies, *rest):
+        asked.update(zip(prompts, replies))
+        return [1.0] * len(prompts)
+
+    monkeypatch.setattr(train.rewards, "reward_model", lambda *_: "r_train")
+    monkeypatch.setattr(train.rewards, "load_reward_model", lambda path: (path, None))
+    monkeypatch.setattr(train.rewards, "score", score)
+    monkeypatch.setattr(train.subset, "parts", lambda profile: None)
+    r_train = train._r_train_reward(Profile.load("mini"))
+    assert r_train(["p", "q"], [" Yes.\n\nHuman: and then?", " No."], trainer_state=None) == [1.0, 1.0]
+    assert asked == {"p": " Yes.", "q": " No."}
 
 
 def counts_w3(prompts, completions, **_):

@@ -232,13 +232,16 @@ def test_pro_official_scores_no_eos_of_the_longest_row_and_pro_scores_every_one(
         assert torch.equal(scores.counts, counts)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("method", "start"), [("ipo", 25.0), ("sr-dpo", math.log(2)), ("sr-ipo", 25.0)])
 def test_methods_with_a_reference_start_where_policy_and_reference_agree(
-    method, start, list_trainer, make_model, make_lists
+    method, start, bf16, list_trainer, make_model, make_lists
 ):
     # 1 / (2 beta) = 5; the refinement D is a margin of log-ratios, which are all 0
-    loss = loss_of(list_trainer(method, make_lists(4), make_model(7)), make_lists(4))
-    assert loss.item() == pytest.approx(start, rel=1e-6)
+    rows = make_lists(4)
+    trainer = list_trainer(method, rows, make_model(7), bf16=bf16, logging_steps=1)
+    trainer.train()  # as in training, where the policy runs under autocast
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(start, rel=1e-6, abs=1e-4)
 
 
 def test_the_reading_without_the_reference_is_selectable(list_trainer, make_model, make_lists):
@@ -410,9 +413,21 @@ def test_the_on_policy_trainer_asks_in_the_projects_format_and_learns_from_its_r
         reward_funcs=prefers_word_9,
         text=Text(prompt_tokens=2),
     )
+    assert trainers.lists_used(trainer) == 4
     ids, _, _ = trainer._tokenize_prompts(["w1 w2 w3"])
     assert tokenizer.convert_ids_to_tokens(ids[0]) == ["w2", "w3"]
     before = [p.detach().clone() for p in model.parameters()]
     trainer.train()
     assert len(asked) == 16 and set(asked) == {row["prompt"] for row in rows}
     assert not all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+def test_prompts_that_fill_no_sampling_batch_are_counted_or_refused(tmp_path):
+    args = RLOOConfig(**settings(tmp_path, batch_size=8), num_generations=4, steps_per_generation=2)
+    trainer = object.__new__(trainers.OnPolicyTrainer)
+    trainer.args, trainer.num_generations = args, 4
+    trainer.train_dataset = range(11)  # sampling batches of 4 prompts
+    assert trainers.lists_used(trainer) == 8
+    trainer.train_dataset = range(3)
+    with pytest.raises(ValueError, match="3 prompts do not fill one sampling batch of 4"):
+        trainers.lists_used(trainer)
