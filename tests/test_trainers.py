@@ -157,9 +157,10 @@ def test_selected_positions_give_the_log_probabilities_of_full_logits(kind, make
 
 @pytest.fixture
 def list_trainer(tmp_path, tokenizer, make_model):
-    def make(method, rows, model, training=TRAINING, **more):
+    def make(method, rows, model, training=TRAINING, q_diff=None, **more):
         line = trainers.LIST_METHODS[method]
-        return trainers.RankedListTrainer(
+        kind = trainers.RankedListTrainer if q_diff is None else trainers.GuidedRankedListTrainer
+        return kind(
             model,
             args=TrainingArguments(**settings(tmp_path, **more), remove_unused_columns=False),
             train_dataset=rows,
@@ -168,6 +169,7 @@ def list_trainer(tmp_path, tokenizer, make_model):
             list_loss=lambda scores: line.loss(scores, training),
             reference=make_model(7) if line.reference else None,
             scores_last_end=line.scores_last_end,
+            **({} if q_diff is None else {"q_diff": q_diff}),
         )
 
     return make
@@ -273,10 +275,12 @@ def test_every_list_method_counts_its_tokens_and_changes_its_weights_alone(
 
 @pytest.fixture
 def intuitive_trainer(tmp_path, tokenizer):
-    def make(rows, model, **options):
-        return trainers.IntuitiveTrainer(
+    def make(rows, model, q_diff=None, more=None, **options):
+        kind = trainers.IntuitiveTrainer if q_diff is None else trainers.GuidedIntuitiveTrainer
+        options |= {} if q_diff is None else {"q_diff": q_diff}
+        return kind(
             model,
-            args=TrainingArguments(**settings(tmp_path), remove_unused_columns=False),
+            args=TrainingArguments(**settings(tmp_path, **(more or {})), remove_unused_columns=False),
             train_dataset=rows,
             processing_class=tokenizer,
             data_collator=lambda rows: trainers.collate_lists(rows, 0),
@@ -324,6 +328,45 @@ def test_ift_trains_and_leaves_its_frozen_embedding_alone(intuitive_trainer, mak
     trainer.train()
     assert torch.equal(trainer.frozen_embedding.weight, make_model().get_input_embeddings().weight)
     assert not torch.equal(trainer.frozen_embedding.weight, trainer.model.get_input_embeddings().weight)
+
+
+# ---- with the distribution reward --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained_weights(list_trainer, intuitive_trainer, make_model, make_lists):
+    """The weights after training a method on eight lists; q_diff None is the class without the distribution reward."""
+
+    def train(method, q_diff, omega=0.0, **more):
+        model = make_model()
+        if method == "ift":
+            trainer = intuitive_trainer(make_lists(8, 1), model, q_diff, more)
+        else:
+            trainer = list_trainer(method, make_lists(8), model, q_diff=q_diff, **more)
+        if q_diff is not None:
+            trainer.omega = omega
+        trainer.train()
+        return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+    return train
+
+
+@pytest.mark.parametrize("method", [*trainers.LIST_METHODS, "ift"])
+def test_omega_zero_is_every_method_itself_bit_for_bit(method, trained_weights, q_diff):
+    options = {"batch_size": 2, "learning_rate": 1e-2}
+    plain = trained_weights(method, None, **options)
+    assert torch.equal(trained_weights(method, q_diff, omega=0.0, **options), plain)
+    assert not torch.equal(trained_weights(method, q_diff, omega=5.0, **options), plain)
+
+
+@pytest.mark.parametrize("method", [*trainers.LIST_METHODS, "ift"])
+def test_every_method_is_pushed_equally_by_a_batch_of_eight_and_by_four_of_two(method, trained_weights, q_diff):
+    step = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    pushes = []
+    for size in (8, 2):
+        cut = {**step, "batch_size": size, "gradient_accumulation_steps": 8 // size}
+        pushes.append(trained_weights(method, q_diff, 50.0, **cut) - trained_weights(method, q_diff, 0.0, **cut))
+    assert torch.norm(pushes[0] - pushes[1]) < 1e-4 * torch.norm(pushes[0])
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------------
