@@ -55,7 +55,7 @@ def measured(profile, method, data):
         log = read_log(folder)
         losses = [entry["loss"] for entry in log]
         record = {"finite": all(map(math.isfinite, losses)), "first loss": losses[0], "last loss": losses[-1]}
-        record |= {"change": change.item(), "R_dis": np.mean([entry["R_dis"] for entry in log]).item()}
+        record |= {"change": change.item(), "R_dis": np.nanmean([entry.get("R_dis", np.nan) for entry in log]).item()}
         record |= {"omega": trainer.omega, "updates": trainer.state.global_step, "seconds": log[-1]["seconds"]}
         (folder / "measured.json").write_text(json.dumps(record))
         (folder / "model.safetensors").unlink()  # half a gigabyte each, and of no use

@@ -120,12 +120,15 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
 def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
     with PeakMemory() as memory:
         trainer = build(folder, profile, method, seed, start, lists, q_diff_path)
+        used = trainers.lists_used(trainer)  # refuses too few before anything is trained
+        if used < len(trainer.train_dataset):
+            print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
         trainer.add_callback(Progress(folder, f"{method} seed {seed}"))
         trainer.omega = _omega(trainer, weight, q_diff_path, folder)
         fit_or_resume(trainer, folder)
     trainer.processing_class.save_pretrained(folder)
     ratios = [entry["gradient_ratio"] for entry in trainer.state.log_history if "gradient_ratio" in entry]
-    summary = {"method": method, "seed": seed, "lists": trainers.lists_used(trainer)}
+    summary = {"method": method, "seed": seed, "lists": used}
     summary |= {"updates": trainer.state.global_step, "peak_memory": memory.bytes}
     summary |= {"epochs": trainer.args.num_train_epochs, "learning_rate": trainer.args.learning_rate}
     summary |= {"omega": trainer.omega, "omega_reading": _plain(weight), "gradient_ratio": ratios}
