@@ -8,11 +8,18 @@
 Every method of `comparison.methods` runs plain on all lists and as `deft-<method>` on level A: same seeds and prompts.
 """
 
+import tempfile
+import time
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
+import torch
 
 from deftlib import evaluate, models, rewards, subset, train
+from deftlib.guidance import DistributionGuided
 from deftlib.intervals import bootstrap_interval, paired_bootstrap
+from deftlib.loop import PeakMemory
 
 
 def trained(profile):
@@ -104,3 +111,45 @@ def frontier(costs, values):
     at_least_as_good = (costs[None] <= costs[:, None]) & (values[None] >= values[:, None])
     better = (costs[None] < costs[:, None]) | (values[None] > values[:, None])
     return ~(at_least_as_good & better).any(1)
+
+
+def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
+    """What R_dis in the loss adds to one forward and backward pass, without the optimizer: one row a method.
+
+    plain ms, DEFT ms: medians; added (%): mean of the rounds, with its 95 % interval; plain MB, DEFT MB: peak above what
+    the process held before. Both take turns on one batch of level A, from the start policy, `rounds` times.
+    """
+    graded, start = subset.graded(profile, profile.training.gradings[0]), models.start_policy(profile)
+    rows = {}
+    for method in methods:
+        with tempfile.TemporaryDirectory() as folder:
+            given = (graded.level_a, graded.folder / "q_diff.npz")
+            trainer = train.build(Path(folder), profile, method, 0, start, *given)
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.omega, trainer.ratio_steps = 1.0, 0  # the ratio is logged every hundred updates: no part of an update
+        trainer.model.train()
+        losses = super(DistributionGuided, trainer).compute_loss, trainer.compute_loss
+        memory = []
+        for loss in losses:  # the first pass of each is for warming up too
+            with PeakMemory() as peak:
+                _seconds_of_pass(trainer, loss, batch)
+            memory.append(peak.bytes / 2**20)
+        seconds = np.array([[_seconds_of_pass(trainer, loss, batch) for loss in losses] for _ in range(rounds)])
+        added = bootstrap_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
+        row = dict(zip(["plain ms", "DEFT ms"], 1000 * np.median(seconds, 0)))
+        row |= {"added (%)": added.mean, "low": added.low, "high": added.high}
+        rows[method] = row | dict(zip(["plain MB", "DEFT MB"], memory))
+    return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def _seconds_of_pass(trainer, compute_loss, batch):
+    """Of one forward and backward pass, in the trainer's precision."""
+    start = time.perf_counter()
+    with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+        loss = compute_loss(trainer.model, batch)
+    loss.backward()
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    trainer.model.zero_grad()
+    return seconds

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deftlib import comparison, evaluate, models, train
+from deftlib import comparison, evaluate, models, subset, train
 from deftlib.profile import Profile
 
 PROFILE = Profile.load("mini", {"comparison.methods": ["sft", "dpo"], "comparison.seeds": [0, 1]})
@@ -89,3 +90,39 @@ def test_whoever_is_not_on_the_frontier_is_beaten_by_one_who_is(points):
         beats = (costs <= costs[i]) & (values >= values[i]) & ((costs < costs[i]) | (values > values[i]))
         assert best[i] == (not beats.any())
         assert best[i] or (beats & best).any()
+
+
+@pytest.fixture
+def graded(tmp_path, make_model, tokenizer, monkeypatch):
+    """Level A of two lists, q_diff and a start policy, as `comparison.overhead` finds them."""
+    make_model().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    counts = np.arange(40), np.arange(40)[::-1].copy()
+    subset.save_q_diff(tmp_path / "q_diff.npz", *counts, models.fingerprint(tokenizer))
+    rows = [{"id": i, "prompt": "w1 w2", "responses": ["w3 w4", "w5"], "rewards": [1.0, 0.0]} for i in "ab"]
+    lists = Dataset.from_list([row | {"level": "A"} for row in rows])
+    found = subset.Graded(tmp_path, lists, None, None, None)
+    monkeypatch.setattr(subset, "graded", lambda profile, grading: found)
+    monkeypatch.setattr(models, "start_policy", lambda profile: tmp_path / "start")
+
+
+def test_what_r_dis_costs_is_measured_in_turns_on_one_batch(graded, monkeypatch):
+    passes = []
+
+    def seconds(trainer, compute_loss, batch):
+        guided = compute_loss.__qualname__.startswith("DistributionGuided.")
+        passes.append((guided, trainer.omega, id(batch)))
+        compute_loss(trainer.model, batch).backward()
+        return 0.25 if guided else 0.2
+
+    monkeypatch.setattr(comparison, "_seconds_of_pass", seconds)
+    row = comparison.overhead(PROFILE, methods=["dpo"], rounds=3).loc["dpo"]
+    assert row[["plain ms", "DEFT ms", "added (%)", "low", "high"]].tolist() == pytest.approx([200, 250, 25, 25, 25])
+    assert passes == [(guided, 1.0, passes[0][2]) for guided in [False, True] * 4]
+    assert row[["plain MB", "DEFT MB"]].notna().all()
+
+
+def test_trl_trainers_and_ours_are_timed(graded):
+    table = comparison.overhead(PROFILE, methods=["sft", "pro"], rounds=2)
+    assert list(table.index) == ["sft", "pro"]
+    assert (table[["plain ms", "DEFT ms"]] > 0).all().all()
