@@ -116,8 +116,8 @@ def frontier(costs, values):
 def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
     """What R_dis in the loss adds to one forward and backward pass, without the optimizer: one row a method.
 
-    plain ms, DEFT ms: medians; added (%): mean of the rounds, with its 95 % interval; plain MB, DEFT MB: peak above what
-    the process held before. Both take turns on one batch of level A, from the start policy, `rounds` times.
+    plain ms, DEFT ms: medians; added (%): mean of the rounds, with its 95 % interval; plain MB, DEFT MB: peaks above
+    what the process held before. Both take turns on one batch of level A, from the start policy, `rounds` times.
     """
     graded, start = subset.graded(profile, profile.training.gradings[0]), models.start_policy(profile)
     rows = {}

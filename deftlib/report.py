@@ -228,8 +228,9 @@ def label_points(ax, xs, ys, bold=()):
     """Write the names of points one under another beside the plot, each with a thin line to its point.
 
     xs: a Series whose index are the names. ys: a Series that has those names. bold: the names to stress. Call it when
-    the limits of the axes stand: labels keep the order of the heights on screen and spread as far as they need room.
+    all else is drawn: labels keep the order of the heights on screen and spread as far as they need room.
     """
+    ax.autoscale_view()  # limits are lazy: the transforms know them only then
     room = 0.045  # the height of a line, as a share of the plot's
     to_axes = (ax.transData + ax.transAxes.inverted()).transform
     heights = sorted((to_axes((xs[name], ys[name]))[1], name) for name in xs.index)
@@ -256,10 +257,12 @@ def save_claim(profile, claim, ours, notebook, part="", note=""):
     record = {"ours": ours and [float(end) for end in ours[:3]] + [int(ours.n)], "note": note}
     record |= {"notebook": notebook, "command": _command(profile, notebook)}
     record |= {"seconds": sum(seconds for _, seconds in store.timings(profile.name))}
-    known = recorded_claims(path) | {name: record | {"created": made["created"], "git": made["git"]}}
-    in_order = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
-    store.write_atomic(path, json.dumps(in_order, indent=1, ensure_ascii=False) + "\n")
-    write_claims(profile)
+    record |= {"created": made["created"], "git": made["git"]}
+    with store.records_lock(profile.name):
+        known = recorded_claims(path) | {name: record}
+        in_order = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
+        store.write_atomic(path, json.dumps(in_order, indent=1, ensure_ascii=False) + "\n")
+        write_claims(profile)
 
 
 def write_claims(profile):
@@ -291,9 +294,10 @@ def _command(profile, notebook):
 def _record(profile, name, title, notebook, seeds):
     """Add to `provenance.json` what made this table or figure; `profile.yaml` beside it holds all parameters."""
     seeds = profile.seeds if seeds is None else seeds
-    store.write_atomic(_folder(profile) / "profile.yaml", f"{profile}\n")
     path = _folder(profile) / "provenance.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known[name] = {"title": title, "notebook": notebook, "command": _command(profile, notebook), "seeds": seeds}
-    known[name] |= {"stages": list(store.USED.get(profile.name, {})), **store.provenance()}
-    store.write_atomic(path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    made = {"title": title, "notebook": notebook, "command": _command(profile, notebook), "seeds": seeds}
+    made |= {"stages": list(store.USED.get(profile.name, {})), **store.provenance()}
+    with store.records_lock(profile.name):
+        store.write_atomic(path.with_name("profile.yaml"), f"{profile}\n")
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        store.write_atomic(path, json.dumps(dict(sorted((known | {name: made}).items())), indent=1) + "\n")

@@ -1,13 +1,12 @@
 """Execute one notebook headless and publish the executed copy: `python -m deftlib.run notebooks/01_grading.ipynb`.
 
 The copy appears in `build/<profile>/notebooks/` only when every cell has run; a failed run leaves `*.failed.ipynb`
-beside it, and exit code 1. What a cell prints is shown as it runs.
+beside it, and exit code 1. What a cell prints is shown as it runs, behind the notebook's number.
 """
 
 import argparse
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def main():
     parser.add_argument("--profile", default="mini", help="mini, smol, gpu or paper")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. grading.top=10")
     args = parser.parse_args()
-    _show_cell_output()
+    _show_cell_output(args.notebook.stem.partition("_")[0])
     start = time.perf_counter()
     try:
         if not args.notebook.is_file():
@@ -81,15 +80,25 @@ def _overrides(texts):
     return overrides
 
 
-def _show_cell_output():
+def _show_cell_output(label):
     """papermill logs what cells print; its own lines about each cell are left out."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.terminator = ""
+    handler = _Lines(label)
     handler.addFilter(lambda record: record.funcName == "log_output_message")
     logger = logging.getLogger("papermill")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+
+
+class _Lines(logging.Handler):
+    """Prints whole lines behind a label: two notebooks may run at a time."""
+
+    def __init__(self, label):
+        super().__init__()
+        self.label, self.rest = label, ""
+
+    def emit(self, record):
+        *lines, self.rest = (self.rest + record.getMessage()).split("\n")
+        print(*(f"{self.label}  {line}\n" for line in lines), sep="", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def figures_dir(profile_name):
     return ROOT / "figures" / profile_name
 
 
+def records_lock(profile_name):
+    """To hold while a record in `figures/` is read and written anew: two notebooks may run at a time."""
+    build_dir(profile_name).mkdir(parents=True, exist_ok=True)
+    return FileLock(build_dir(profile_name) / ".records.lock")
+
+
 def stage(profile_name, name, key, produce, module=None):
     """The folder of one published result, computed if it is not there.
 

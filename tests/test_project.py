@@ -67,9 +67,19 @@ def test_make_knows_every_module_that_a_notebook_runs(notebook):
     printed = subprocess.run(
         ["make", "-n", "-p", "paper"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout  # make's own database of rules
-    (rule,) = re.findall(rf"^build/mini/notebooks/{notebook.stem}\.ipynb: (.*)$", printed, re.M)
-    listed = {Path(p).stem for p in rule.split() if p.startswith("deftlib/")} - {"__init__"}
+    rules = re.findall(rf"^build/mini/notebooks/{notebook.stem}\.ipynb: (.*)$", printed, re.M)
+    listed = {Path(p).stem for p in " ".join(rules).split() if p.startswith("deftlib/")} - {"__init__"}
     assert listed == used
+
+
+@pytest.mark.parametrize(("profile", "alone"), [("mini", False), ("smol", True)])
+def test_notebooks_of_the_smallest_models_alone_share_the_machine(profile, alone):
+    printed = subprocess.run(
+        ["make", "-n", "-p", "paper", f"PROFILE={profile}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert (".NOTPARALLEL:" in printed) == alone
+    assert (f"build/{profile}/notebooks/03_training.ipynb: OMP_NUM_THREADS = 1" in printed) != alone
+    assert f"build/{profile}/notebooks/01_grading.ipynb: OMP_NUM_THREADS" not in printed
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """Tables and figures arrive with their numbers and their provenance, byte-identical for identical data."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import numpy as np
@@ -18,6 +19,7 @@ from deftlib.profile import Profile
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "figures_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(store, "build_dir", lambda name: tmp_path / "build" / name)
     return Profile.load("mini")
 
 
@@ -34,6 +36,14 @@ def test_a_table_is_written_three_ways_and_says_what_made_it(profile, tmp_path):
     assert entry["notebook"] == "03_training" and entry["seeds"] == [0, 1, 2]
     assert entry["command"] == "python -m deftlib.run notebooks/03_training.ipynb --profile mini"
     assert {"git", "packages", "device", "created", "stages"} <= entry.keys()
+
+
+def test_two_notebooks_at_a_time_lose_no_record(profile, tmp_path):
+    save = lambda name: report.save_table(profile, name, FRAME, title="A title", notebook="03_training")
+    names = [f"table{i}" for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, names))
+    assert json.loads((tmp_path / "mini" / "provenance.json").read_text()).keys() == set(names)
 
 
 def test_the_same_figure_twice_is_the_same_file(profile, tmp_path):
@@ -227,6 +237,18 @@ def test_labels_of_points_keep_their_order_and_stay_apart_and_inside():
     gaps = np.diff(sorted(places.values()))
     assert gaps.min() > 0.0449 and max(places.values()) <= 1
     assert [text.get_text() for text in ax.texts if text.get_weight() == "bold"] == ["top"]
+    plt.close(fig)
+
+
+def test_a_label_with_room_stands_beside_its_point_although_limits_are_lazy():
+    fig, ax = plt.subplots()
+    ys = pd.Series({"low": 0.0, "middle": 5.0, "high": 10.0})
+    ax.step([0, 1], [0, 1])
+    ax.get_ylim()
+    ax.scatter([1, 1, 1], ys)
+    report.label_points(ax, pd.Series(1.0, index=ys.index), ys)
+    places = {text.get_text(): text.xyann[1] for text in ax.texts}
+    assert places["middle"] == pytest.approx(0.5, abs=0.01)
     plt.close(fig)
 
 

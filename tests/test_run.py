@@ -63,3 +63,9 @@ def test_a_mistyped_command_gets_one_sentence_and_exit_code_1(arguments, sentenc
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_cells_print_comes_in_whole_lines_behind_the_number_of_the_notebook(notebook, capsys):
+    run._show_cell_output("07")
+    run.execute(notebook("print('a', end=''); print('b'); print('c\\nd')"))
+    assert capsys.readouterr().out.splitlines()[-3:] == ["07  ab", "07  c", "07  d"]
