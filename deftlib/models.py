@@ -1,7 +1,7 @@
 """Policies and tokenizers: load them, the embedded ones included, and turn text into tokens by the paper's rules.
 
-A policy is any `AutoModelForCausalLM`. Two come without a hub: `mini`, a Llama of about a million parameters trained
-here on the authored world, and `smollm2-135m-instruct`, read from the 4-bit file in a PyPI wheel.
+A policy is any `AutoModelForCausalLM`. Two come without a hub: `mini`, a Llama of 0.6 million parameters trained here
+on the authored world, and `smollm2-135m-instruct`, read from the 4-bit file in a PyPI wheel.
 """
 
 import contextlib

@@ -33,7 +33,7 @@ def test_a_table_is_written_three_ways_and_says_what_made_it(profile, tmp_path):
     assert "| sft      |  1.235 |" in (folder / "table9.md").read_text()
     assert r"dpo\_x & 2.000 " in (folder / "table9.tex").read_text()
     entry = json.loads((folder / "provenance.json").read_text())["table9"]
-    assert entry["notebook"] == "03_training" and entry["seeds"] == [0, 1, 2]
+    assert entry["notebook"] == "03_training" and entry["seeds"] == profile.seeds
     assert entry["command"] == "python -m deftlib.run notebooks/03_training.ipynb --profile mini"
     assert {"git", "packages", "device", "created", "stages"} <= entry.keys()
 
