@@ -18,13 +18,13 @@ NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluat
 
 # Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
 # 01 has made what all of them need; what two need, one makes while the other waits. NAMES is the order, longest first.
+# JOBS=1 runs them one by one on all threads, as those of other profiles; so do several goals, as in `make clean paper`.
 JOBS ?= 2
-ifeq ($(PROFILE),mini)
+ifneq ($(and $(filter mini,$(PROFILE)),$(filter-out 1,$(JOBS)),$(filter 0 1,$(words $(MAKECMDGOALS)))),)
 MAKEFLAGS += -j$(JOBS)
 TOGETHER := $(filter-out $(OUT)/00% $(OUT)/01%,$(NAMES:%=$(OUT)/%.ipynb))
 $(OUT)/01_grading.ipynb: | $(OUT)/00_walkthrough.ipynb
 $(TOGETHER): | $(OUT)/01_grading.ipynb
-$(TOGETHER): private export OMP_NUM_THREADS = 1
 else
 .NOTPARALLEL:
 endif
@@ -50,7 +50,7 @@ $(OUT)/human_rating.ipynb: $(call modules,$(DATA) $(TRAIN) $(SCORE) human_eval)
 
 $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/* data/mini/*/*) | $(READY)
 	@echo "== $* ($(PROFILE))"
-	@$(BIN)/python -m deftlib.run $< --profile $(PROFILE)
+	@$(if $(filter $@,$(TOGETHER)),OMP_NUM_THREADS=1) $(BIN)/python -m deftlib.run $< --profile $(PROFILE)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests

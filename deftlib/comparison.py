@@ -95,10 +95,29 @@ def deft_effect(profile, frames):
     It mixes two things, the choice of level A and R_dis in the loss, and the twin takes fewer updates; notebook 06
     parts them.
     """
+    values = _values(profile, frames)
+    return _differences({m: (values[f"deft-{m}"], values[m]) for m in values if f"deft-{m}" in values})
+
+
+def behind_best(profile, frames):
+    """How far each method is behind the one of the highest mean: difference, low, high, best minus m, paired by prompt.
+
+    The best is chosen on the same prompts, which flatters it: whoever is told apart here might not be elsewhere.
+    """
+    values = _values(profile, frames)
+    best = max(values, key=lambda method: values[method].mean())
+    return _differences({m: np.broadcast_arrays(values[best], values[m]) for m in values if m != best})
+
+
+def _values(profile, frames):
+    """{method: float[S, N]}: the headline measure of each seed and prompt."""
     _, score = evaluate.headline(profile)
-    values = {method: evaluate.by_prompt(of_seeds, score) for method, of_seeds in frames.items()}
-    pairs = {m: (values[f"deft-{m}"], values[m]) for m in values if f"deft-{m}" in values}
-    rows = {m: paired_bootstrap(*pair)._asdict() for m, pair in pairs.items()}
+    return {method: evaluate.by_prompt(of_seeds, score) for method, of_seeds in frames.items()}
+
+
+def _differences(pairs):
+    """One row for each pair of float[S, N]: the first minus the second, with its 95 % interval."""
+    rows = {method: paired_bootstrap(*pair)._asdict() for method, pair in pairs.items()}
     return pd.DataFrame(rows).T.rename(columns={"mean": "difference", "n": "prompts"}).rename_axis("method")
 
 
@@ -114,10 +133,12 @@ def frontier(costs, values):
 
 
 def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
-    """What R_dis in the loss adds to one forward and backward pass, without the optimizer: one row a method.
+    """What R_dis in the loss adds to one forward and backward pass of one batch: one row a method.
 
-    plain ms, DEFT ms: medians; added (%): mean of the rounds, with its 95 % interval; plain MB, DEFT MB: peaks above
-    what the process held before. Both take turns on one batch of level A, from the start policy, `rounds` times.
+    A pass holds all that the method runs (of DPO the reference too), but no optimizer, no calibration and no logging of
+    the gradient ratio. plain ms, DEFT ms: medians; added (%): mean of the rounds' ratios, with its 95 % interval over
+    rounds; plain MB, DEFT MB: peaks above what the process held before. The batch is of level A, the policy the start
+    policy; the two passes take turns at being first, after two rounds that warm up.
     """
     graded, start = subset.graded(profile, profile.training.gradings[0]), models.start_policy(profile)
     rows = {}
@@ -126,26 +147,29 @@ def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
             given = (graded.level_a, graded.folder / "q_diff.npz")
             trainer = train.build(Path(folder), profile, method, 0, start, *given)
             batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        trainer.omega, trainer.ratio_steps = 1.0, 0  # the ratio is logged every hundred updates: no part of an update
+        trainer.omega, trainer.ratio_steps = 1.0, 0
         trainer.model.train()
         losses = super(DistributionGuided, trainer).compute_loss, trainer.compute_loss
-        memory = []
-        for loss in losses:  # the first pass of each is for warming up too
-            with PeakMemory() as peak:
-                _seconds_of_pass(trainer, loss, batch)
-            memory.append(peak.bytes / 2**20)
-        seconds = np.array([[_seconds_of_pass(trainer, loss, batch) for loss in losses] for _ in range(rounds)])
+        seconds = np.empty((rounds + 2, 2))
+        for turn, row in enumerate(seconds):
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                row[which] = _seconds_of_pass(trainer, losses[which], batch)
+        seconds = seconds[2:]
         added = bootstrap_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
         row = dict(zip(["plain ms", "DEFT ms"], 1000 * np.median(seconds, 0)))
         row |= {"added (%)": added.mean, "low": added.low, "high": added.high}
-        rows[method] = row | dict(zip(["plain MB", "DEFT MB"], memory))
+        for name, loss in zip(["plain MB", "DEFT MB"], losses):
+            with PeakMemory() as peak:
+                _seconds_of_pass(trainer, loss, batch)
+            row[name] = peak.bytes / 2**20
+        rows[method] = row
     return pd.DataFrame(rows).T.rename_axis("method")
 
 
 def _seconds_of_pass(trainer, compute_loss, batch):
-    """Of one forward and backward pass, in the trainer's precision."""
+    """Of one forward and backward pass, under the trainer's autocast."""
     start = time.perf_counter()
-    with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+    with trainer.accelerator.autocast():
         loss = compute_loss(trainer.model, batch)
     loss.backward()
     if trainer.args.device.type == "cuda":

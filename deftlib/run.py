@@ -101,6 +101,11 @@ class _Lines(logging.Handler):
         *lines, self.rest = (self.rest + record.getMessage()).split("\n")
         print(*(f"{self.label}  {line}\n" for line in lines), sep="", end="", flush=True)
 
+    def close(self):  # `logging` calls it at the end of the program
+        if self.rest:
+            print(f"{self.label}  {self.rest}", flush=True)
+        super().close()
+
 
 if __name__ == "__main__":
     main()

@@ -76,6 +76,14 @@ def test_what_deft_adds_is_paired_by_prompt():
     assert list(effect.index) == ["sft"]
 
 
+def test_who_is_behind_the_best_is_paired_by_prompt_and_one_start_stands_for_all_seeds():
+    frames = {"start": [said([0, 0, 0])], "sft": [said([1, 50, 99])] * 2, "dpo": [said([3, 52, 101])] * 2}
+    behind = comparison.behind_best(PROFILE, frames)
+    assert list(behind.index) == ["start", "sft"]
+    assert behind.loc["sft"].to_dict() == {"difference": 2, "low": 2, "high": 2, "prompts": 3}
+    assert behind.loc["start", "difference"] == 52
+
+
 def test_the_frontier_by_hand():
     costs, values = [1, 2, 2, 3, 3], [5, 4, 7, 7, 9]
     assert comparison.frontier(costs, values).tolist() == [True, False, True, False, True]
@@ -118,7 +126,8 @@ def test_what_r_dis_costs_is_measured_in_turns_on_one_batch(graded, monkeypatch)
     monkeypatch.setattr(comparison, "_seconds_of_pass", seconds)
     row = comparison.overhead(PROFILE, methods=["dpo"], rounds=3).loc["dpo"]
     assert row[["plain ms", "DEFT ms", "added (%)", "low", "high"]].tolist() == pytest.approx([200, 250, 25, 25, 25])
-    assert passes == [(guided, 1.0, passes[0][2]) for guided in [False, True] * 4]
+    turns = [False, True, True, False] * 2 + [False, True] + [False, True]  # three rounds, two that warm up, memory
+    assert passes == [(guided, 1.0, passes[0][2]) for guided in turns]
     assert row[["plain MB", "DEFT MB"]].notna().all()
 
 

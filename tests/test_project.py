@@ -72,14 +72,20 @@ def test_make_knows_every_module_that_a_notebook_runs(notebook):
     assert listed == used
 
 
-@pytest.mark.parametrize(("profile", "alone"), [("mini", False), ("smol", True)])
-def test_notebooks_of_the_smallest_models_alone_share_the_machine(profile, alone):
-    printed = subprocess.run(
-        ["make", "-n", "-p", "paper", f"PROFILE={profile}"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert (".NOTPARALLEL:" in printed) == alone
-    assert (f"build/{profile}/notebooks/03_training.ipynb: OMP_NUM_THREADS = 1" in printed) != alone
-    assert f"build/{profile}/notebooks/01_grading.ipynb: OMP_NUM_THREADS" not in printed
+@pytest.mark.parametrize(
+    ("arguments", "together"),
+    [("paper", True), ("paper JOBS=1", False), ("paper PROFILE=smol", False), ("clean paper", False)],
+)
+def test_notebooks_of_the_smallest_models_alone_share_the_machine(arguments, together):
+    shown = lambda *options: (
+        subprocess.run(
+            ["make", *options, *arguments.split()], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
+    assert (".NOTPARALLEL:" in shown("-n", "-p")) != together
+    commands = [line for line in shown("-n", "-B").splitlines() if "deftlib.run notebooks/" in line]
+    of_one_thread = [line for line in commands if line.startswith("OMP_NUM_THREADS=1 ")]
+    assert len(commands) == 8 and len(of_one_thread) == (6 if together else 0)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
