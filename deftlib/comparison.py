@@ -4,6 +4,8 @@
     frames = replies(profile, runs)
     table = measured(profile, runs, frames)          # one row a method
     best = frontier(table["with SFT"], table["mean"])
+    effect = deft_effect(profile, frames)            # DEFT-m minus m, paired; behind_best: the best minus each
+    cost = overhead(profile)                         # what R_dis in the loss adds to a forward and backward pass
 
 Every method of `comparison.methods` runs plain on all lists and as `deft-<method>` on level A: same seeds and prompts.
 """

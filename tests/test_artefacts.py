@@ -16,14 +16,8 @@ MODULES = ["first_updates"]  # commands that save something themselves
 MEASURED = [path for path in sorted((ROOT / "figures").glob("*")) if path.name in ("smol", "gpu", "paper")]
 PARTS = claims.parts(report.published())
 SAVERS = {"save_table": ("csv", "md", "tex"), "save_figure": ("csv", "pdf", "png"), "save_claim": ()}
-BESIDE = {
-    "claims.json",
-    "claims.md",
-    "differences.md",
-    "profile.yaml",
-    "provenance.json",
-    "run.md",
-}  # of no single cell
+# Of no single cell; run.md says how a run was made elsewhere.
+BESIDE = {"claims.json", "claims.md", "differences.md", "profile.yaml", "provenance.json", "run.md"}
 
 # What both versions of the paper show, and the one name it has here.
 OF_THE_PAPER = {

@@ -1,6 +1,7 @@
 """The files around the code agree with it: dependencies, Makefile, README, CI, notebooks."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -59,16 +60,23 @@ def code_of(notebook):
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
+def shown_by_make(*arguments):
+    """What make prints; options of a `make test` around these tests do not reach it."""
+    own = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "JOBS", "PROFILE"}
+    outside = {name: value for name, value in os.environ.items() if name not in own}
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=outside, capture_output=True, text=True, check=True
+    ).stdout
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_make_knows_every_module_that_a_notebook_runs(notebook):
     used = set()
     for name in store.direct_imports(code_of(notebook)):
         used |= store.imported_modules(name)
-    printed = subprocess.run(
-        ["make", "-n", "-p", "paper"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout  # make's own database of rules
-    rules = re.findall(rf"^build/mini/notebooks/{notebook.stem}\.ipynb: (.*)$", printed, re.M)
-    listed = {Path(p).stem for p in " ".join(rules).split() if p.startswith("deftlib/")} - {"__init__"}
+    printed = shown_by_make("-n", "-p", "paper")  # make's own database of rules
+    (rule,) = re.findall(rf"^build/mini/notebooks/{notebook.stem}\.ipynb: (.*)$", printed, re.M)
+    listed = {Path(p).stem for p in rule.split() if p.startswith("deftlib/")} - {"__init__"}
     assert listed == used
 
 
@@ -77,13 +85,9 @@ def test_make_knows_every_module_that_a_notebook_runs(notebook):
     [("paper", True), ("paper JOBS=1", False), ("paper PROFILE=smol", False), ("clean paper", False)],
 )
 def test_notebooks_of_the_smallest_models_alone_share_the_machine(arguments, together):
-    shown = lambda *options: (
-        subprocess.run(
-            ["make", *options, *arguments.split()], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-    )
-    assert (".NOTPARALLEL:" in shown("-n", "-p")) != together
-    commands = [line for line in shown("-n", "-B").splitlines() if "deftlib.run notebooks/" in line]
+    assert (".NOTPARALLEL:" in shown_by_make("-n", "-p", *arguments.split())) != together
+    lines = shown_by_make("-n", "-B", *arguments.split()).splitlines()
+    commands = [line for line in lines if "deftlib.run notebooks/" in line]
     of_one_thread = [line for line in commands if line.startswith("OMP_NUM_THREADS=1 ")]
     assert len(commands) == 8 and len(of_one_thread) == (6 if together else 0)
 
