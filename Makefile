@@ -32,32 +32,26 @@ endif
 paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
 	@echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"
 
-# What each notebook runs, directly or not; tests/test_project.py holds this against the imports.
-modules = $(patsubst %,deftlib/%.py,__init__ $(1))
-DATA := profile store preferences sources mini_world loop models intervals rewards subset grading distribution
-SHOW := profile store report claims intervals
-TRAIN := losses guidance trainers train endpoint generation
-SCORE := metrics evaluate
-$(OUT)/00_walkthrough.ipynb: $(call modules,$(SHOW) grading distribution losses)
-$(OUT)/01_grading.ipynb: $(call modules,$(DATA) $(SHOW))
-$(OUT)/02_distribution.ipynb: $(call modules,$(DATA) $(SHOW))
-$(OUT)/03_training.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE))
-$(OUT)/04_evaluation.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) refine human_eval)
-$(OUT)/05_mt_bench.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) mini_bench mt_bench)
-$(OUT)/06_ablation.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) ablation)
-$(OUT)/07_methods.ipynb: $(call modules,$(DATA) $(SHOW) $(TRAIN) $(SCORE) comparison)
-$(OUT)/human_rating.ipynb: $(call modules,$(DATA) $(TRAIN) $(SCORE) human_eval)
+# The rooms whose code each notebook runs; tests/test_house.py holds this against the imports.
+rooms = $(wildcard $(patsubst %,deftlib/%/*.py,$(1)))
+MOST := method preferences reporting models training
+$(OUT)/00_walkthrough.ipynb: $(call rooms,method reporting)
+$(patsubst %,$(OUT)/%.ipynb,01_grading 02_distribution): $(call rooms,$(MOST))
+$(patsubst %,$(OUT)/%.ipynb,03_training 04_evaluation 05_mt_bench human_rating): $(call rooms,$(MOST) evaluation)
+$(patsubst %,$(OUT)/%.ipynb,06_ablation 07_methods): $(call rooms,$(MOST) evaluation studies)
 
-$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/* data/mini/*/*) | $(READY)
+# What all of them rest on. A package that is installed makes its folder newer.
+$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(wildcard data/*.* data/mini/* data/mini/*/*) \
+		$(wildcard deftlib/*.py) $(READY) $(wildcard $(VENV)/lib/python*/site-packages)
 	@echo "== $* ($(PROFILE))"
-	@$(if $(filter $@,$(TOGETHER)),OMP_NUM_THREADS=1) $(BIN)/python -m deftlib.run $< --profile $(PROFILE)
+	@$(if $(filter $@,$(TOGETHER)),OMP_NUM_THREADS=1) $(BIN)/deft run $< --profile $(PROFILE)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env $(wildcard notebooks/*.ipynb)
 
 report: paper
-	@$(BIN)/python -m deftlib.site --profile $(PROFILE)
+	@$(BIN)/deft site --profile $(PROFILE)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -67,7 +61,7 @@ notebooks: $(READY)
 		--ExecutePreprocessor.record_timing=False $(wildcard notebooks/*.ipynb)
 
 data: $(READY)
-	$(BIN)/python -m deftlib.mini_world
+	$(BIN)/deft mini-world
 
 clean:
 	rm -rf build figures/mini
@@ -79,8 +73,9 @@ notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 12) and f"error: Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}: make PYTHON=python3.12 paper")'
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
+		sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, found {v}: make PYTHON=python3.13 paper")'
 	@echo "setting up $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[lora,endpoint,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@

@@ -9,8 +9,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
+import shlex
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -30,7 +33,7 @@ class ProfileError(ValueError):
 @dataclass(frozen=True)
 class Data:
     source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), "oasst" (there), a folder, a file or a hub id
-    format: str = "auto"  # see preferences.read
+    format: str = "auto"  # see `preferences.lists.read`
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
     shares: dict[Part, float] = field(default_factory=dict)  # share of `split`, by hash of the first human turn
     train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all
@@ -225,6 +228,15 @@ class Profile:
     ablation: Ablation = field(default_factory=Ablation)
     comparison: Comparison = field(default_factory=Comparison)
 
+    @classmethod
+    def from_options(cls, options):
+        """The profile that a command was asked for, by the options of `add_options`. Raises ProfileError."""
+        overrides = dict(cls.override(text) for text in options.set)
+        source = overrides.get("data.source")
+        if source and Path(source).exists():  # meant from here, not from the notebooks' folder
+            overrides["data.source"] = str(Path(source).resolve())
+        return cls.load(options.profile, overrides)
+
     @staticmethod
     def override(text):
         """(key, value) from `KEY=VALUE` as typed in a shell; the value is YAML. Raises ProfileError."""
@@ -240,6 +252,8 @@ class Profile:
     def load(cls, name, overrides=None):
         """The profile of that name, with overrides applied. Raises ProfileError on anything unknown."""
         path = FOLDER / f"{name}.yaml"
+        if not FOLDER.is_dir():
+            raise ProfileError(f"no profiles at {FOLDER}: run inside the project's checkout, or set DEFT_ROOT to it")
         if not path.is_file():
             names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
             raise ProfileError(f"no profile {name!r} in {FOLDER.name}/: {_nearest(str(name), names)}")
@@ -260,8 +274,52 @@ class Profile:
         plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
+    def settings(self):
+        """{"grading.top": 25.0, ...}: every setting by its dotted name."""
+        return _flat(dataclasses.asdict(self))
+
+    def changes(self):
+        """{dotted name: value} of the settings that are not those of the profile's file: what overrides changed."""
+        plain = Profile.load(self.name).settings()
+        return {key: value for key, value in self.settings().items() if key not in plain or plain[key] != value}
+
+    @property
+    def label(self):
+        """`mini`, and after overrides `mini,grading.top=10.0,5d0c7a9e`: the name of a folder for this setting alone.
+
+        It says what differs, as far as 80 characters reach; the digest is over all settings.
+        """
+        changes = ",".join(f"{key}={one_line(value).rpartition('/')[2]}" for key, value in self.changes().items())
+        readable = re.sub(r"[^\w.,=+-]+", "-", changes)[:80]
+        return f"{self.name},{readable},{self.digest()[:8]}" if changes else self.name
+
+    @property
+    def options(self):
+        """The options of a command that give this profile: "--profile mini --set grading.top=10.0"."""
+        sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes().items()]
+        return " --set ".join([f"--profile {self.name}", *sets])
+
     def __str__(self):
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=110).rstrip()
+
+
+def add_options(parser, default="mini"):
+    """Give a command's `argparse` parser the options that `Profile.from_options` reads."""
+    parser.add_argument("--profile", default=default, help=f"mini, smol, gpu or paper (default: {default})")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. grading.top=10")
+
+
+def _flat(tree, prefix=""):
+    """A nested dict with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def one_line(value):
+    """A value as `--set` takes it: YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def _override(tree, key, value):

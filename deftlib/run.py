@@ -1,7 +1,8 @@
-"""Execute one notebook headless and publish the executed copy: `python -m deftlib.run notebooks/01_grading.ipynb`.
+"""Execute one notebook headless and publish the executed copy: `deft run notebooks/01_grading.ipynb`.
 
-The copy appears in `build/<profile>/notebooks/` only when every cell has run; a failed run leaves `*.failed.ipynb`
-beside it, and exit code 1. What a cell prints is shown as it runs, behind the notebook's number.
+The copy appears in `build/<profile>/notebooks/` (after overrides in a folder of its own there) only when every cell has
+run; a failed run leaves `*.failed.ipynb` beside it, and exit code 1. What a cell prints is shown as it runs, behind the
+notebook's number.
 """
 
 import argparse
@@ -14,17 +15,15 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from deftlib.profile import Profile, ProfileError
+from deftlib.profile import Profile, ProfileError, add_options
 from deftlib.store import ROOT, StoreError, build_dir, explained
 
 
-def execute(notebook, profile_name="mini", overrides=None):
-    """Path of the executed copy. Raises ProfileError before anything runs, PapermillExecutionError if a cell fails."""
-    overrides = overrides or {}
-    Profile.load(profile_name, overrides)
-    notebook = Path(notebook).resolve()
-    name = f"{notebook.stem}-custom.ipynb" if overrides else notebook.name  # make looks at the plain name
-    target = build_dir(profile_name) / "notebooks" / name
+def execute(notebook, profile):
+    """Path of the executed copy. Raises PapermillExecutionError if a cell fails."""
+    notebook, overrides = Path(notebook).resolve(), profile.changes()
+    variant = profile.label if overrides else ""  # make looks at the plain copies
+    target = build_dir(profile.name) / "notebooks" / variant / notebook.name
     running = target.with_suffix(".running.ipynb")
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +31,7 @@ def execute(notebook, profile_name="mini", overrides=None):
         papermill.execute_notebook(
             notebook,
             running,
-            parameters={"profile": profile_name, "overrides": overrides},
+            parameters={"profile": profile.name, "overrides": overrides},
             kernel_name="python3",
             cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
             progress_bar=False,
@@ -47,18 +46,17 @@ def execute(notebook, profile_name="mini", overrides=None):
     return target
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description="Execute a notebook headless with a profile.")
     parser.add_argument("notebook", type=Path)
-    parser.add_argument("--profile", default="mini", help="mini, smol, gpu or paper")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. grading.top=10")
-    args = parser.parse_args()
+    add_options(parser)
+    args = parser.parse_args(arguments)
     _show_cell_output(args.notebook.stem.partition("_")[0])
     start = time.perf_counter()
     try:
         if not args.notebook.is_file():
             raise ProfileError(f"no notebook {args.notebook}")
-        target = execute(args.notebook, args.profile, _overrides(args.set))
+        target = execute(args.notebook, Profile.from_options(args))
     except (ProfileError, StoreError) as error:
         raise SystemExit(f"error: {error}") from error
     except PapermillExecutionError as error:
@@ -70,15 +68,6 @@ def main():
             "error: the notebook's process died, perhaps for want of memory; results so far stand"
         ) from error
     print(f"{target.relative_to(ROOT)} in {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def _overrides(texts):
-    """The `--set` options as a dict; a file named there is meant from here, not from the notebook's folder."""
-    overrides = dict(Profile.override(text) for text in texts)
-    source = overrides.get("data.source")
-    if source and Path(source).exists():
-        overrides["data.source"] = str(Path(source).resolve())
-    return overrides
 
 
 def _show_cell_output(label):

@@ -1,31 +1,34 @@
 """Where results live, and how one becomes visible: whole, with its provenance, or not at all.
 
-`stage(profile_name, "rewards/train", key, produce)` returns a folder under `build/<profile>/`. If a result with the
-same key stands there, it is reused; else `produce(folder)` fills a temporary folder, which is checked, synced and
-renamed. A killed run leaves no half result, and a full disk leaves the earlier ones alone.
+`stage(profile_name, "rewards/train", key, produce, "models.rewards")` returns a folder under `build/<profile>/`. If a
+result with the same key stands there, it is reused; else `produce(folder)` fills a temporary folder, which is checked,
+synced and renamed. A killed run leaves no half result, and a full disk leaves the earlier ones alone.
 """
 
-import ast
 import errno
-import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
 
-ROOT = Path(os.environ.get("DEFT_ROOT", Path(__file__).resolve().parent.parent))
+from deftlib.provenance import edited_since_import, made_by, provenance
+
+
+def _root():
+    """The project's folder: `$DEFT_ROOT`, else the checkout that this library is in, else the one around us."""
+    here = Path(__file__).resolve().parent.parent
+    around = [here, Path.cwd(), *Path.cwd().parents]
+    found = next((place for place in around if (place / "notebooks" / "profiles").is_dir()), here)
+    return Path(os.environ.get("DEFT_ROOT", found))
+
+
+ROOT = _root()
 MANIFEST = "manifest.json"
 REFUSALS = {
     errno.ENOSPC: "the disk is full, free some space and run again",
@@ -35,7 +38,6 @@ REFUSALS = {
 }
 TORCH_SAVE_CUT_SHORT = ("PytorchStreamWriter", "] . unexpected pos ")  # it keeps the system's words to itself
 USED = {}  # {profile: {name: folder}} of every stage this process asked for: what its tables and figures rest on
-PACKAGES = ["torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy", "pandas"]
 
 
 class StoreError(RuntimeError):
@@ -56,41 +58,55 @@ def records_lock(profile_name):
     return FileLock(build_dir(profile_name) / ".records.lock")
 
 
-def stage(profile_name, name, key, produce, module=None):
+def stage(profile_name, name, key, produce, module):
     """The folder of one published result, computed if it is not there.
 
-    key: JSON-able parameters and digests of inputs; `module` (a deftlib module name) adds the code it runs.
+    key: JSON-able parameters and digests of inputs. module: of deftlib, like "training.subset", whose code makes it:
+    `made_by` adds that code, the packages it imports and the kind of device.
     produce(folder) writes files into an empty folder, or into the folder an interrupted run left: it may resume.
-    Raises StoreError when publication fails; whatever was published before stays.
+    Raises StoreError when publication fails, or would publish under the name of code that was edited since it was
+    imported; whatever was published before stays.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise StoreError("results are published by one process: run without accelerate launch or torchrun")
-    key = {**key, "code": code_digest(module)} if module else key
+    key = {**key, **made_by(module)}
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile_name) / f"{name}-{short}"
     if (final / MANIFEST).is_file():
         read_manifest(final)  # a result that was cut or lost a file is refused, not reused
     else:
-        _publish(final, name, key, produce)
+        _publish(final, name, key, produce, module)
     USED.setdefault(profile_name, {})[str(final.relative_to(build_dir(profile_name)))] = final
     return final
 
 
-def _publish(final, name, key, produce):
+def _publish(final, name, key, produce, module):
     """Fill a temporary folder and rename it to `final`."""
     work = final.with_name(final.name + ".partial")
     with explained(work), _alone(final):
         if (final / MANIFEST).is_file():  # another process finished it while this one waited
             return
+        _refuse_edited(name, module)  # before the work too: it would be in vain
         work.mkdir(parents=True, exist_ok=True)
         print(f"[{name}] started", flush=True)
         start = time.perf_counter() - _seconds_before(work)
         produce(work)
         seconds = time.perf_counter() - start
+        _refuse_edited(name, module)
         _write_manifest(work, {"name": name, "key": key, "seconds": round(seconds, 2), **provenance()})
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
     print(f"[{name}] done in {seconds:.1f} s", flush=True)
+
+
+def _refuse_edited(name, module):
+    """Raises StoreError if the files of that code are no longer what was imported."""
+    edited = edited_since_import(module)
+    if edited:
+        raise StoreError(
+            f"{', '.join(edited)} changed since this process imported it, so {name} would be published as the work of "
+            "other code than made it: run again (in Jupyter, restart the kernel)"
+        )
 
 
 @contextmanager
@@ -200,66 +216,23 @@ def digest(path):
     if path.is_dir():
         files = read_manifest(path)["files"]
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    if (path.parent / MANIFEST).is_file():
+        return read_manifest(path.parent)["files"][path.name]["sha256"]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def used(profile_name):
+    """{stage: its provenance and seconds} of every result this process asked for, in the order it did."""
+    shown = ("created", "seconds", "git", "python", "packages", "device", "cores", "threads")
+    manifests = {name: read_manifest(folder) for name, folder in USED.get(profile_name, {}).items()}
+    return {name: {field: manifest.get(field) for field in shown} for name, manifest in manifests.items()}
 
 
 def timings(profile_name):
     """[(stage name, seconds)] of every result this process rests on, in the order it asked for them."""
     manifests = [read_manifest(folder) for folder in USED.get(profile_name, {}).values()]
     return [(manifest["name"], manifest["seconds"]) for manifest in manifests]
-
-
-def provenance():
-    """When, with what and on what a result was made."""
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": _device(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }
-
-
-@functools.cache
-def code_digest(module):
-    """12 hex digits over the code that `deftlib.<module>` can run: comments and docstrings do not count.
-
-    Neither do `store` and `profile`: they carry results and settings, and the key holds those.
-    """
-    parts = []
-    for name in sorted(imported_modules(module) - {"store", "profile"}):
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""  # a docstring
-        parts.append(ast.dump(tree))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def imported_modules(module, seen=None):
-    """The deftlib modules that `deftlib.<module>` imports, directly or not, itself included."""
-    seen = set() if seen is None else seen
-    if module in seen:
-        return seen
-    seen.add(module)
-    for name in direct_imports((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")):
-        imported_modules(name, seen)
-    return seen
-
-
-def direct_imports(source):
-    """Names of the deftlib modules that this Python source imports."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "deftlib":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deftlib."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("deftlib.")}
-    return found
 
 
 def _refusal(error, path):
@@ -291,23 +264,3 @@ def _seconds_before(folder):
     """Seconds that an interrupted run spent up to the point it resumes from: `loop.Progress` leaves them."""
     path = folder / "seconds.json"
     return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
-
-
-def _git():
-    try:
-        run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
-        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures"]
-        )  # not its own output
-        dirty = bool(changed.stdout.strip())
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an installed copy without its repository
-    return {"commit": commit, "dirty": dirty}
-
-
-def _device():
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}"

@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from deftlib import endpoint
+from deftlib.models import endpoint
 
 KEY = "sk-not-to-be-written-anywhere"
 VERSION = "-2024-08-06"  # what the server adds to the name of the model it was asked for

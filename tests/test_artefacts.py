@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deftlib import claims, report
 from deftlib.profile import Profile
+from deftlib.reporting import claims, report
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]

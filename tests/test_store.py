@@ -33,8 +33,12 @@ def producing(text, calls=None):
     return produce
 
 
+def stage(name, key, produce, module="method.grading"):
+    return store.stage("p", name, key, produce, module)
+
+
 def publish(text="first", number=1):
-    return store.stage("p", "kind/thing", {"number": number}, producing(text))
+    return stage("kind/thing", {"number": number}, producing(text))
 
 
 # ---- one result a key ----------------------------------------------------------------------------------------------
@@ -42,8 +46,8 @@ def publish(text="first", number=1):
 
 def test_a_stage_is_computed_once_and_then_reused():
     calls = []
-    first = store.stage("p", "kind/thing", {"a": 1, "b": 2}, producing("one", calls))
-    again = store.stage("p", "kind/thing", {"b": 2, "a": 1}, producing("two", calls))  # the same key, told otherwise
+    first = stage("kind/thing", {"a": 1, "b": 2}, producing("one", calls))
+    again = stage("kind/thing", {"b": 2, "a": 1}, producing("two", calls))  # the same key, told otherwise
     assert first == again and len(calls) == 1
     assert (first / "result.txt").read_text() == "one"
 
@@ -52,14 +56,6 @@ def test_another_key_is_another_result_and_both_stand():
     one, two = publish("one", 1), publish("two", 2)
     assert one != two
     assert [(folder / "result.txt").read_text() for folder in (one, two)] == ["one", "two"]
-
-
-def test_the_code_of_the_module_named_is_part_of_the_key(monkeypatch):
-    first = store.stage("p", "thing", {}, producing("old code"), module="grading")
-    assert store.stage("p", "thing", {}, producing("unused"), module="grading") == first
-    monkeypatch.setattr(store, "code_digest", lambda module: "edited")
-    second = store.stage("p", "thing", {}, producing("new code"), module="grading")
-    assert (second / "result.txt").read_text() == "new code"
 
 
 def test_a_published_folder_carries_its_provenance():
@@ -81,7 +77,7 @@ def test_a_failing_produce_publishes_nothing_and_leaves_earlier_results():
         raise ValueError("no such luck")
 
     with pytest.raises(ValueError, match="no such luck"):
-        store.stage("p", "kind/thing", {"number": 2}, fail)
+        stage("kind/thing", {"number": 2}, fail)
     assert [p.name for p in earlier.parent.iterdir() if not p.name.endswith(".partial")] == [earlier.name]
     assert store.read_manifest(earlier) and (earlier / "result.txt").read_text() == "earlier"
 
@@ -98,8 +94,8 @@ def test_the_next_call_resumes_in_the_folder_of_the_interrupted_one():
         (folder / "result.txt").write_text(f"resumed {checkpoint.read_text()}")
 
     with pytest.raises(KeyboardInterrupt):
-        store.stage("p", "thing", {}, produce)
-    final = store.stage("p", "thing", {}, produce)
+        stage("thing", {}, produce)
+    final = stage("thing", {}, produce)
     assert folders[0] == folders[1] and folders[0].name.endswith(".partial")
     assert (final / "result.txt").read_text() == "resumed half way"
     assert not folders[0].exists()
@@ -111,8 +107,8 @@ def test_seconds_spent_before_an_interruption_count():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.stage("p", "thing", {}, produce)
-    assert store.read_manifest(store.stage("p", "thing", {}, producing("done")))["seconds"] >= 100
+        stage("thing", {}, produce)
+    assert store.read_manifest(stage("thing", {}, producing("done")))["seconds"] >= 100
 
 
 # ---- full disk -----------------------------------------------------------------------------------------------------
@@ -174,23 +170,23 @@ def test_a_full_disk_names_the_very_file_when_the_system_does(root, monkeypatch)
 )
 def test_a_library_that_meets_a_full_disk_is_understood(error):
     with pytest.raises(StoreError, match=r"cannot write .*thing.*: the disk is full"):
-        store.stage("p", "thing", {}, raising(error))
+        stage("thing", {}, raising(error))
 
 
 def test_a_stage_within_a_stage_is_explained_once(monkeypatch):
     inner = raising(OSError(errno.ENOSPC, FULL))
     with pytest.raises(StoreError) as error:
-        store.stage("p", "outer", {}, lambda folder: store.stage("p", "inner", {}, inner))
+        stage("outer", {}, lambda folder: stage("inner", {}, inner))
     assert one_sentence(error).count("cannot write") == 1 and "/inner-" in str(error.value)
 
 
 def test_an_input_that_may_not_be_read_is_not_taken_for_a_failed_write():
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/train.jsonl")
     with pytest.raises(PermissionError):
-        store.stage("p", "thing", {}, raising(denied))
+        stage("thing", {}, raising(denied))
     told = ValueError("/elsewhere/train.jsonl: cannot be read (Permission denied); check the file")
     with pytest.raises(ValueError, match="cannot be read"):
-        store.stage("p", "thing", {}, raising(told))
+        stage("thing", {}, raising(told))
 
 
 def test_a_folder_that_refuses_writing_is_named(root):
@@ -232,19 +228,19 @@ def test_the_digest_of_a_folder_is_that_of_its_content():
 
 def test_timings_list_what_this_process_asked_for_and_nothing_that_merely_lies_there(root, monkeypatch):
     for number in (1, 2, 3):
-        folder = store.stage("p", f"step {number}", {}, producing("x"))
+        folder = stage(f"step {number}", {}, producing("x"))
         manifest = json.loads((folder / store.MANIFEST).read_text())
         (folder / store.MANIFEST).write_text(json.dumps({**manifest, "seconds": number}))
     monkeypatch.setattr(store, "USED", {})  # another process
     for number in (3, 1, 3):
-        store.stage("p", f"step {number}", {}, producing("x"))
+        stage(f"step {number}", {}, producing("x"))
     assert store.timings("p") == [("step 3", 3), ("step 1", 1)]
 
 
 def test_a_stage_that_failed_is_none_of_the_results_a_process_rests_on(monkeypatch):
     monkeypatch.setattr(store, "USED", {})
     with pytest.raises(ZeroDivisionError):
-        store.stage("p", "kind/broken", {}, lambda folder: 1 / 0)
+        stage("kind/broken", {}, lambda folder: 1 / 0)
     publish()
     assert [name for name, _ in store.timings("p")] == ["kind/thing"]
 
@@ -279,54 +275,10 @@ def test_several_threads_may_keep_answers_at_once(tmp_path):
     assert len(store.Kept(tmp_path / "judge.jsonl")) == 100
 
 
-# ---- code ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def code(tmp_path, monkeypatch):
-    """A folder in the place of deftlib's, and a function that gives its digest for a module's source."""
-    monkeypatch.setattr(store, "__file__", str(tmp_path / "store.py"))
-
-    def digest_of(**sources):
-        for name, source in sources.items():
-            (tmp_path / f"{name}.py").write_text(source)
-        store.code_digest.cache_clear()
-        return store.code_digest("top")
-
-    yield digest_of
-    store.code_digest.cache_clear()
-
-
-def test_the_code_digest_ignores_comments_and_docstrings_but_not_code(code):
-    plain = code(top="def f():\n    '''Say it.'''\n    return 1\n")
-    assert code(top="def f():\n    '''Say it otherwise.'''\n\n    return 1  # why\n") == plain
-    assert code(top="def f():\n    '''Say it.'''\n    return 2\n") != plain
-
-
-def test_the_code_digest_follows_imports(code):
-    before = code(top="from deftlib.below import g\n", below="def g():\n    return 1\n", beside="x = 1\n")
-    assert code(beside="x = 2\n") == before
-    assert code(below="def g():\n    return 2\n") != before
-
-
-def test_every_way_to_import_a_module_is_seen():
-    source = "import deftlib.a\nfrom deftlib import b, c\nfrom deftlib.d import e\ndef f(): from deftlib.g import h\n"
-    assert store.direct_imports(source) == {"a", "b", "c", "d", "g"}
-
-
-def test_imports_point_down_the_house_list():
-    house = re.findall(r"^    (\w+)  +\S", deftlib.__doc__, re.MULTILINE)
-    folder = Path(deftlib.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert not modules - set(house), "modules that the list in deftlib/__init__.py lacks"
-    for module in modules:
-        source = (folder / f"{module}.py").read_text(encoding="utf-8")
-        up = [name for name in store.direct_imports(source) if house.index(name) <= house.index(module)]
-        assert not up, f"{module} imports {up} from above"
-        assert "from ." not in source, f"{module} imports relatively, which store.direct_imports cannot see"
+# ---- one process ---------------------------------------------------------------------------------------------------
 
 
 def test_several_processes_are_refused_by_name(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(store.StoreError, match="one process"):
-        store.stage("mini", "anything", {}, lambda folder: None)
+        stage("anything", {}, lambda folder: None, "method.grading")

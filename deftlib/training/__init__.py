@@ -1,0 +1,9 @@
+"""From preference lists to an aligned policy, by any method, with or without the distribution reward.
+
+    extend         one more reply for every list: D_3 from an endpoint or from the SFT policy
+    train          fit(profile, "deft-dpo", seed): one policy, published
+    trainers       the table of methods, trainers for ranked lists, IFT, TRL's own
+    subset         split, score, grade, count: the graded subset and its q_diff
+
+Start with `train.fit`. A new method is a loss in `deftlib.method.losses` and a line in `trainers.LIST_METHODS`.
+"""

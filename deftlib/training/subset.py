@@ -1,0 +1,362 @@
+"""From raw preference lists to the graded subset: split, score, grade, count, publish. Sections 3.1-3.2, both versions.
+
+Each step is a published folder under `build/<profile>/`, computed once: `parts` -> `scored` -> `graded(..., "reward")`
+and `parts` -> `counted`, `response_hidden` -> `graded(..., "distribution")`. The last is the paper's third
+contribution: `level_a.parquet` with a data card, beside `lists.parquet` (all lists, with level) and `q_diff.npz`.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoConfig
+
+from deftlib import store
+from deftlib.method import heads
+from deftlib.method.distribution import count_tokens, discrepancy, mean_response_hidden, reward_direction
+from deftlib.method.grading import distribution_levels, extreme_sides, levels, per_subset, sides
+from deftlib.models import policies, rewards
+from deftlib.models.loop import with_progress
+from deftlib.preferences import lists as ranked_lists
+from deftlib.preferences.lists import read_lists
+from deftlib.preferences.sources import files
+
+
+class Graded(NamedTuple):
+    """A graded subset: every list with its level, and the discrepancy distribution that goes with it."""
+
+    folder: Path
+    lists: Dataset  # id, subset, prompt, responses, rewards, level[, distribution_reward]
+    q_diff: np.ndarray  # float64[V]
+    pos_counts: np.ndarray  # int64[V]
+    neg_counts: np.ndarray
+
+    @property
+    def level_a(self):
+        return self.lists.select(np.flatnonzero(np.array(self.lists["level"]) == "A"))
+
+
+# ---- parts and scores --------------------------------------------------------------------------------------------
+
+
+def parts(profile):
+    """Folder of `policy, reward_train, reward_eval, dev, test, pool` as Parquet.
+
+    What is dealt from one file is disjoint by first human turn; a test file of its own is taken as it is. `pool` is the
+    policy part (all of it, unless `data.count_lists` says less), `policy` the lists of it that are trained on. Row
+    faults are in `rejects.jsonl`.
+    """
+    data = profile.data
+    source = ranked_lists.locate(data.source)
+    shares = {name: share for name, share in data.shares.items() if share}
+    _check_parts(source, data, shares)
+    key = {name: value for name, value in vars(data).items() if name not in ("rank_by", "max_reject_share")}
+    key = {"data": key, "inputs": _input_digests(source, data)}
+
+    def produce(folder):
+        read = {"format": data.format, "max_reject_share": data.max_reject_share, "cleaning": data.cleaning}
+        lists = ranked_lists.read(source, split=data.split, rejects_path=folder / "rejects.jsonl", **read)
+        sizes_read, split = {"": len(lists)}, ranked_lists.split(lists, shares)
+        if "test" not in split:
+            split["test"] = ranked_lists.read(source, split="test", rejects_path=folder / "rejects-test.jsonl", **read)
+            sizes_read["-test"] = len(split["test"])
+        (folder / "read.json").write_text(json.dumps(sizes_read))
+        split["pool"] = split["policy"]
+        sizes = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
+        sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
+        for name, part in split.items():
+            if not len(part):
+                raise ranked_lists.PreferenceError(f"{source}: no list fell to part {name!r}; give it a larger share")
+            if sizes.get(name, 0) > len(part):
+                raise ranked_lists.PreferenceError(
+                    f"{source}: {sizes[name]} lists asked of the part {name!r}, which has {len(part)}; ask for fewer"
+                )
+            part = ranked_lists.sample(part, sizes[name]) if sizes.get(name) else part
+            part.to_parquet(folder / f"{name}.parquet")
+
+    folder = store.stage(profile.name, "parts", key, produce, "training.subset")
+    _check_rejects(source, folder, data.max_reject_share)
+    return folder
+
+
+def _check_rejects(source, folder, max_share):
+    """Refuse parts that were dealt when a larger share of rejects was allowed. Raises PreferenceError."""
+    for suffix, read in json.loads((folder / "read.json").read_text()).items():
+        path = folder / f"rejects{suffix}.jsonl"
+        rejected = len(path.read_text(encoding="utf-8").splitlines())
+        if rejected > max_share * (read + rejected):
+            raise ranked_lists.PreferenceError(
+                f"{source}: {rejected} of {read + rejected} lists were rejected ({path}), more than the share of "
+                f"{max_share:g} allowed; mend the rows or raise data.max_reject_share"
+            )
+
+
+def _check_parts(source, data, shares):
+    """Refuse shares that lack a part or would test on what was trained on. Raises PreferenceError."""
+    missing = {"policy", "dev"} - shares.keys()
+    if missing:
+        raise ranked_lists.PreferenceError(f"data.shares lacks {' and '.join(sorted(missing))}, found {shares}")
+    if "test" not in shares and (data.split == "test" or Path(source).is_file()):
+        raise ranked_lists.PreferenceError(
+            f"{source}: the test part would be the very lists trained on; give test a share in data.shares"
+        )
+
+
+def _input_digests(source, data):
+    """sha256 of every file the lists come from; a hub's data set by its name and revision."""
+    splits = [data.split] if data.shares.get("test") else [data.split, "test"]
+    labels = [label for split in splits for _, label, _ in files(source, split)]
+    return [store.digest(label) if Path(label).is_file() else label for label in labels]
+
+
+def scored(profile):
+    """Folder with `lists.parquet`: the policy part with r_train's rewards, in the order that `data.rank_by` names."""
+    source = parts(profile)
+    policy_part, r_train = source / "policy.parquet", rewards.reward_model(profile, "train", source)
+    spec, budget = profile.reward_models.train, profile.reward_models.score_token_budget
+    rank_by = profile.data.rank_by
+    key = {"lists": store.digest(policy_part), "r_train": policies.identity(r_train), "rank_by": rank_by}
+    key |= {"text_format": spec.text_format, "max_tokens": spec.max_tokens}
+
+    def produce(folder):
+        lists = read_lists(policy_part)
+        model, tokenizer = rewards.load_reward_model(r_train)
+        prompts = [p for p, responses in zip(lists["prompt"], lists["responses"]) for _ in responses]
+        replies = [reply for responses in lists["responses"] for reply in responses]
+        flat = iter(rewards.score(model, tokenizer, prompts, replies, spec, budget, "r_train"))
+        rows = [{**row, "rewards": [next(flat) for _ in row["responses"]]} for row in lists]
+        rows = [best_first(row) for row in rows] if rank_by == "reward" else rows
+        Dataset.from_list(rows, features=lists.features).to_parquet(folder / "lists.parquet")
+
+    return store.stage(profile.name, "scored", key, produce, "training.subset")
+
+
+def best_first(row):
+    """The list with its responses sorted by reward, equal ones in the order given."""
+    order = sorted(range(len(row["rewards"])), key=lambda i: -row["rewards"][i])
+    return {**row, "responses": [row["responses"][i] for i in order], "rewards": [row["rewards"][i] for i in order]}
+
+
+def agrees(row):
+    """Whether r_train ranks this list as it is ordered (always so under `rank_by: reward`)."""
+    return all(a >= b for a, b in zip(row["rewards"], row["rewards"][1:]))
+
+
+# ---- both gradings -----------------------------------------------------------------------------------------------
+
+
+def graded(profile, grading):
+    """The graded subset by `grading` = "reward" (anonymous version) or "distribution" (final version): a `Graded`."""
+    if grading not in RULES:
+        raise ValueError(f'grading must be "reward" or "distribution", found {grading!r}')
+    start = policies.start_policy(profile)
+    key = {"rule": rule(profile, grading), "text": vars(profile.text), "start": policies.identity(start)}
+    if grading == "reward":
+        source = scored(profile)
+        key |= {"scored": store.digest(source)}
+        produce = lambda folder: _grade_by_reward(profile, source, start, folder)
+    else:
+        policy_part, counts, hidden = parts(profile) / "policy.parquet", counted(profile), response_hidden(profile)
+        key |= {"lists": store.digest(policy_part), "counted": store.digest(counts), "hidden": store.digest(hidden)}
+        produce = lambda folder: _grade_by_distribution(profile, policy_part, counts, hidden, folder)
+    return read_graded(store.stage(profile.name, f"graded/{grading}", key, produce, "training.subset"))
+
+
+RULES = {"reward": ("top", "bottom"), "distribution": ("keep", "direction")}  # what each reads of `profile.grading`
+
+
+def rule(profile, grading):
+    """The settings of a grading: {"top", "bottom"} or {"keep", "direction"}."""
+    return {name: getattr(profile.grading, name) for name in RULES[grading]}
+
+
+def _grade_by_reward(profile, source, start, folder):
+    lists = read_lists(source / "lists.parquet")
+    best = [rewards_[0] for rewards_ in lists["rewards"]]
+    level = per_subset(levels, best, lists["subset"], **rule(profile, "reward"))
+    list_sides = [
+        sides(grade, row["rewards"]) if agrees(row) else extreme_sides(len(row["responses"]))
+        for grade, row in zip(level, lists)
+    ]
+    tokenizer = policies.load_tokenizer(start)
+    counts = count_lists(lists, list_sides, tokenizer, vocabulary_size(start), profile.text)
+    _publish(folder, lists.add_column("level", level.tolist()), counts, tokenizer, profile, "reward")
+
+
+def _grade_by_distribution(profile, policy_part, counted_folder, hidden, folder):
+    tokenizer, lists = policies.load_tokenizer(policies.start_policy(profile)), read_lists(policy_part)
+    counts = load_counts(counted_folder / "q_diff.npz")
+    reward = np.array([values[0] for values in distribution_rewards(hidden, discrepancy(*counts))])
+    settings = rule(profile, "distribution")
+    level = per_subset(
+        distribution_levels, reward, lists["subset"], share=settings["keep"], direction=settings["direction"]
+    )
+    lists = lists.add_column("level", level.tolist()).add_column("distribution_reward", reward.tolist())
+    _publish(folder, lists, counts, tokenizer, profile, "distribution")
+
+
+def counted(profile):
+    """Folder with `q_diff.npz` of the whole policy part, y_1 against y_l: without rewards or grading (decision 5)."""
+    pool_part, start = parts(profile) / "pool.parquet", policies.start_policy(profile)
+    tokenizer = policies.load_tokenizer(start)
+    key = {"lists": store.digest(pool_part), "tokenizer": policies.fingerprint(tokenizer), "text": vars(profile.text)}
+    key |= {"vocab_size": vocabulary_size(start)}
+
+    def produce(folder):
+        pool = read_lists(pool_part)
+        pool_sides = [extreme_sides(len(responses)) for responses in pool["responses"]]
+        counts = count_lists(pool, pool_sides, tokenizer, vocabulary_size(start), profile.text)
+        save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
+
+    return store.stage(profile.name, "counted", key, produce, "training.subset")
+
+
+def count_lists(lists, list_sides, tokenizer, vocab_size, text):
+    """(Q_pos, Q_neg) over the response text of the lists: no prompt, template, EOS or special token (decision 3)."""
+    special = set(tokenizer.all_special_ids)
+
+    def tokens(reply):
+        ids = policies.encode_reply(tokenizer, reply, text)
+        return [i for i in ids if i not in special]
+
+    token_lists = ([tokens(reply) for reply in responses] for responses in lists["responses"])
+    return count_tokens(token_lists, list_sides, vocab_size)
+
+
+def vocabulary_size(policy):
+    """Rows of the policy's output head: the length of q_diff."""
+    return AutoConfig.from_pretrained(**policies.origin(policy)).get_text_config().vocab_size
+
+
+# ---- R_dis of many lists from one forward pass -------------------------------------------------------------------
+
+
+def response_hidden(profile):
+    """Folder with `hidden.npz`: the start policy's mean hidden state over every response of the policy part.
+
+    By the identity of design section 3 this is all that R_dis needs: one pass of the backbone, without its head, serves
+    every q_diff (`distribution_rewards`).
+    """
+    policy_part, start = parts(profile) / "policy.parquet", policies.start_policy(profile)
+    key = {"lists": store.digest(policy_part), "start": policies.identity(start), "text": vars(profile.text)}
+    key |= {"dtype": profile.policy.dtype}
+
+    def produce(folder):
+        lists = read_lists(policy_part)
+        model, tokenizer = policies.load_policy(start, profile.policy.dtype), policies.load_tokenizer(start)
+        states = mean_hidden_states(model, tokenizer, lists, profile.text, profile.reward_models.score_token_budget)
+        weight, bias, scale = heads.output_head(model)
+        arrays = {"weight": weight.detach().float().cpu().numpy(), "scale": scale, "states": states}
+        if bias is not None:
+            arrays["bias"] = bias.detach().float().cpu().numpy()
+        arrays["lengths"] = [len(responses) for responses in lists["responses"]]
+        np.savez(folder / "hidden.npz", **arrays)
+
+    return store.stage(profile.name, "hidden", key, produce, "training.subset")
+
+
+@torch.no_grad()
+def mean_hidden_states(model, tokenizer, lists, text, token_budget=8192):
+    """Mean last hidden state over the response tokens (EOS excluded) of every response: float32[sum of lengths, d]."""
+    rows = []
+    for row in lists:
+        prompt = policies.encode_prompt(tokenizer, row["prompt"], text)
+        rows += [(prompt, policies.encode_reply(tokenizer, reply, text)) for reply in row["responses"]]
+    states = np.zeros((len(rows), model.config.get_text_config().hidden_size), np.float32)
+    buckets = rewards.length_buckets([len(p) + len(r) for p, r in rows], token_budget)
+    for batch in with_progress(buckets, "hidden states", total=len(rows)):
+        padded = tokenizer.pad({"input_ids": [[*rows[i][0], *rows[i][1]] for i in batch]}, return_tensors="pt").to(
+            model.device
+        )
+        labels = torch.full_like(padded["input_ids"], -100)
+        for k, i in enumerate(batch):
+            prompt, reply = rows[i]
+            labels[k, len(prompt) : len(prompt) + len(reply)] = torch.tensor(reply)
+        labels[labels == tokenizer.eos_token_id] = -100
+        inputs = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "use_cache": False}
+        hidden = heads.backbone(model)(**inputs).last_hidden_state
+        states[batch] = mean_response_hidden(hidden, labels).float().cpu().numpy()
+    return states
+
+
+def distribution_rewards(hidden, q_diff):
+    """R_dis of every response under the start policy, from `response_hidden`'s folder: one float64 array a list."""
+    with np.load(hidden / "hidden.npz") as stored:
+        direction = reward_direction(torch.from_numpy(stored["weight"]).double(), q_diff).numpy()
+        offset = float(stored["bias"].astype(np.float64) @ q_diff) if "bias" in stored else 0.0
+        flat = stored["scale"] * (stored["states"].astype(np.float64) @ direction + offset)
+        return np.split(flat, np.cumsum(stored["lengths"])[:-1])
+
+
+# ---- publication -------------------------------------------------------------------------------------------------
+
+
+def _publish(folder, lists, counts, tokenizer, profile, grading):
+    graded_lists = Graded(folder, lists, discrepancy(*counts), *counts)
+    lists.to_parquet(folder / "lists.parquet")
+    graded_lists.level_a.to_parquet(folder / "level_a.parquet")
+    save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
+    (folder / "README.md").write_text(_data_card(graded_lists, profile, grading), encoding="utf-8")
+
+
+def read_graded(folder):
+    """A published graded subset."""
+    folder = Path(folder)
+    counts = load_counts(folder / "q_diff.npz")
+    return Graded(folder, read_lists(folder / "lists.parquet"), discrepancy(*counts), *counts)
+
+
+def save_q_diff(path, pos_counts, neg_counts, fingerprint):
+    """Counts, q_diff and the tokenizer's fingerprint in one file."""
+    arrays = {"pos_counts": pos_counts, "neg_counts": neg_counts, "q_diff": discrepancy(pos_counts, neg_counts)}
+    np.savez(path, fingerprint=np.array(fingerprint), **arrays)
+
+
+def load_counts(path):
+    """(Q_pos, Q_neg), int64[V] each, of a stored q_diff."""
+    with np.load(path) as stored:
+        return stored["pos_counts"], stored["neg_counts"]
+
+
+def load_q_diff(path, tokenizer):
+    """q_diff float64[V] for this tokenizer. Raises ValueError if it was counted with another one."""
+    with np.load(path) as stored:
+        found, expected = str(stored["fingerprint"]), policies.fingerprint(tokenizer)
+        if found != expected:
+            raise ValueError(
+                f"{path} was counted with another tokenizer (fingerprint {found}, this one has {expected}): count again"
+            )
+        return stored["q_diff"]
+
+
+def _data_card(graded_lists, profile, grading):
+    """The card of a graded subset: where it is from, how it was graded, how many lists of each level and subset."""
+    lists = graded_lists.lists.select_columns(["subset", "level"]).to_pandas()
+    table = lists.groupby(["subset", "level"]).size().unstack(fill_value=0)
+    header = "| subset | " + " | ".join(table.columns) + " |\n|---|" + "---|" * len(table.columns)
+    rows = "\n".join(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(table.index, table.values))
+    how = {
+        "reward": f"by reward model ({profile.reward_models.train.source}): level A the top {profile.grading.top} %, "
+        f"level C the bottom {profile.grading.bottom} % of each subset (anonymous version, sec. 3.1)",
+        "distribution": f"by distribution reward: level A the {profile.grading.direction} {profile.grading.keep} % of "
+        "each subset (final version, Fig. 2)",
+    }[grading]
+    return f"""# Level-A subset, graded {how}
+
+Made by `deftlib.training.subset` from `{profile.data.source}` (split `{profile.data.split}`), profile `{profile.name}`.
+Columns: {", ".join(graded_lists.lists.column_names)}; responses are best first, rewards raw, of r_train, or null.
+`level_a.parquet` is the subset, `lists.parquet` every graded list, `q_diff.npz` the discrepancy distribution and counts
+(Q_pos {int(graded_lists.pos_counts.sum()):,} tokens, Q_neg {int(graded_lists.neg_counts.sum()):,}).
+
+{header}
+{rows}
+
+The texts and their licence are those of the source. HH-RLHF contains offensive text.
+
+```json
+{json.dumps({"grading": rule(profile, grading), "text": vars(profile.text)}, indent=1)}
+```
+"""

