@@ -13,6 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deftlib import provenance
+
 VOCAB = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37))])}
 EOS = VOCAB["<eos>"]
 SMALL = {  # of any architecture; weights large enough for logits and R_dis of order one
@@ -33,6 +35,14 @@ SMALL = {  # of any architecture; weights large enough for logits and R_dis of o
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    """What every hub id stands for, {id: revision}; 40 zeros where a test says nothing else. No test asks the hub."""
+    revisions = {}
+    monkeypatch.setattr(provenance, "hub_revision", lambda name, kind="model": revisions.get(name, 40 * "0"))
+    return revisions
 
 
 @pytest.fixture(autouse=True, scope="session")

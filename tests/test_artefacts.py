@@ -1,7 +1,6 @@
 """Every table, figure and claim has a cell that makes it, and none of them is orphaned."""
 
 import ast
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from deftlib.reporting import claims, report
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-MODULES = ["first_updates"]  # commands that save something themselves
+MODULES = {"first_updates": "studies"}  # commands that save something themselves, and their room
 MEASURED = [path for path in sorted((ROOT / "figures").glob("*")) if path.name in ("smol", "gpu", "paper")]
 PARTS = claims.parts(report.published())
 SAVERS = {"save_table": ("csv", "md", "tex"), "save_figure": ("csv", "pdf", "png"), "save_claim": ()}
@@ -57,7 +56,7 @@ def saved_in(notebook):
 
 
 def saved_by(module):
-    return calls((ROOT / "deftlib" / f"{module}.py").read_text())
+    return calls((ROOT / "deftlib" / MODULES[module] / f"{module}.py").read_text())
 
 
 def makers(*functions):
@@ -117,13 +116,17 @@ def test_every_committed_file_has_a_cell_that_makes_it(folder):
 
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
 def test_a_committed_table_or_figure_is_whole_and_has_its_provenance(folder):
-    provenance = json.loads((folder / "provenance.json").read_text())
+    recorded = report.recorded_provenance(folder / "provenance.json")
+    provenance, stages = recorded["artefacts"], recorded["stages"]
     kinds = {name: SAVERS[f] for f in SAVERS if SAVERS[f] for name, _ in makers(f)}
     stems = {path.stem for path in folder.iterdir() if path.name not in BESIDE}
     assert stems == provenance.keys()
     for stem in stems & kinds.keys():
         assert tuple(sorted(path.suffix[1:] for path in folder.glob(f"{stem}.*"))) == kinds[stem]
         assert provenance[stem]["notebook"] == MADE[stem]
+        assert (
+            not stages or set(provenance[stem]["stages"]) <= stages.keys()
+        )  # none in those made before they were kept
 
 
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)

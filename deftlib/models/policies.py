@@ -24,9 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from deftlib import store
+from deftlib import provenance, store
 from deftlib.preferences import mini_world
-from deftlib.provenance import hub_revision
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -76,7 +75,10 @@ def origin(source):
     if Path(source).is_dir():
         return {"pretrained_model_name_or_path": str(source)}
     try:
-        return {"pretrained_model_name_or_path": str(source).partition("@")[0], "revision": hub_revision(str(source))}
+        return {
+            "pretrained_model_name_or_path": str(source).partition("@")[0],
+            "revision": provenance.hub_revision(str(source)),
+        }
     except LookupError as error:
         raise ModelError(f"{source} is no folder here, and {error}; check the name and the network") from error
 

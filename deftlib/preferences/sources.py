@@ -12,8 +12,8 @@ from pathlib import Path
 
 import datasets
 
+from deftlib import provenance
 from deftlib.preferences import mini_world
-from deftlib.provenance import hub_revision
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -110,7 +110,7 @@ def _hub_files(hub_id, split):
     tables = []
     for subset in subsets:
         try:
-            revision = hub_revision(hub_id, "dataset")
+            revision = provenance.hub_revision(hub_id, "dataset")
             table = datasets.load_dataset(hub_id, data_dir=subset, split=split, revision=revision)
         except Exception as error:  # the hub's clients raise a dozen types; each means: no such data from there
             cause = " ".join(str(error).split())[:160]

@@ -60,8 +60,12 @@ class Settings:
         ]
         rows = [["setting", "value", "changed from"], *([k, self.values[k], self.was.get(k, "")] for k in self.keys)]
         table = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        line = f"<p>{escape(self.line)}{''.join(changed)}</p>"
         return (
-            f"<p>{escape(self.line)}{''.join(changed)}</p>"
-            f"<details><summary>the {len(self.keys)} settings that this notebook reads</summary>"
-            f"<table>{table}</table></details>"
+            line
+            if not self.keys
+            else (
+                f"{line}<details><summary>the {len(self.keys)} settings that this notebook reads</summary>"
+                f"<table>{table}</table></details>"
+            )
         )

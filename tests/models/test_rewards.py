@@ -25,7 +25,7 @@ from transformers import (
 from deftlib import store
 from deftlib.models import policies, rewards
 from deftlib.models.rewards import encode, length_buckets, load_reward_model, reward_text, score
-from deftlib.preferences.lists import first_human_turn, read_lists
+from deftlib.preferences.lists import FEATURES, first_human_turn, read_lists
 from deftlib.profile import Profile, RewardModel
 from deftlib.training import subset
 
@@ -200,7 +200,7 @@ def toy_lists(count, seed):
         responses = [words(GOOD, GOOD), words(GOOD, BAD), words(BAD, BAD)]
         prompt = f"\n\nHuman: May I ask {seed} {i}?\n\nAssistant:"
         rows.append({"id": str(i), "subset": "toy", "prompt": prompt, "responses": responses, "rewards": None})
-    return Dataset.from_list(rows, features=subset.preferences.FEATURES)
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 @pytest.fixture

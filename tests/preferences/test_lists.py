@@ -86,21 +86,21 @@ def test_a_folder_of_subsets_one_subset_and_one_file_read_the_same_rows(tmp_path
     assert read(folder).to_list() == read(file).to_list() == read(tmp_path).to_list()[:1]
 
 
-def test_the_hub_passes_the_same_checks(monkeypatch, tmp_path, capsys):
-    asked = []
+def test_the_hub_passes_the_same_checks_at_one_revision(monkeypatch, tmp_path, capsys, hub):
+    asked, hub["Anthropic/hh-rlhf"] = [], 40 * "a"
 
-    def load_dataset(name, data_dir, split):
-        asked.append((name, data_dir, split))
+    def load_dataset(name, data_dir, split, revision):
+        asked.append((name, data_dir, split, revision))
         return datasets.Dataset.from_list([hh(), hh(), hh(chosen="")])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     lists = read("Anthropic/hh-rlhf", split="test", max_reject_share=0.5, rejects_path=tmp_path / "rejects.jsonl")
-    assert asked == [("Anthropic/hh-rlhf", subset, "test") for subset in sources.SUBSETS]
+    assert asked == [("Anthropic/hh-rlhf", subset, "test", 40 * "a") for subset in sources.SUBSETS]
     assert (len(lists), lists[0]["id"]) == (8, "harmless-base/test/1")
     assert "rejected 4: 4 empty reply" in capsys.readouterr().out
     assert (
         json.loads((tmp_path / "rejects.jsonl").read_text().splitlines()[0])["file"]
-        == "Anthropic/hh-rlhf/harmless-base/test"
+        == f"Anthropic/hh-rlhf@{40 * 'a'}/harmless-base/test"
     )
 
 
@@ -505,7 +505,7 @@ def test_the_command_prints_counts_and_fails_above_the_share_without_a_traceback
 
     def command(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "deftlib.preferences", "prefs.jsonl", *arguments],
+            [sys.executable, "-m", "deftlib", "check", "prefs.jsonl", *arguments],
             cwd=tmp_path,
             text=True,
             capture_output=True,

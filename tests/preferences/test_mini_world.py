@@ -46,7 +46,7 @@ def bpe():
 @pytest.mark.parametrize("surroundings", [("0", "1"), ("1", "2")], ids=["one thread", "two threads"])
 def test_data_are_regenerated_byte_for_byte_whatever_the_hash_seed_and_threads(surroundings):
     env = os.environ | dict(zip(("PYTHONHASHSEED", "RAYON_NUM_THREADS"), surroundings))
-    command = [sys.executable, "-m", "deftlib.mini_world", "--check"]
+    command = [sys.executable, "-m", "deftlib", "mini-world", "--check"]
     run = subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 

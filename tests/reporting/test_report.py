@@ -11,7 +11,7 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from deftlib import store
+from deftlib import provenance, store
 from deftlib.intervals import Interval
 from deftlib.profile import Profile
 from deftlib.reporting import report
@@ -33,10 +33,67 @@ def test_a_table_is_written_three_ways_and_says_what_made_it(profile, tmp_path):
     assert (folder / "table9.csv").read_text() == "method,BLEU\nsft,1.23456\ndpo_x,2.0\n"
     assert "| sft      |  1.235 |" in (folder / "table9.md").read_text()
     assert r"dpo\_x & 2.000 " in (folder / "table9.tex").read_text()
-    entry = json.loads((folder / "provenance.json").read_text())["table9"]
+    entry = report.recorded_provenance(folder / "provenance.json")["artefacts"]["table9"]
     assert entry["notebook"] == "03_training" and entry["seeds"] == profile.seeds
     assert entry["command"] == "deft run notebooks/03_training.ipynb --profile mini"
-    assert {"git", "packages", "device", "created", "stages"} <= entry.keys()
+    assert {"git", "packages", "device", "created"} <= entry["drawn"].keys()
+
+
+def published(profile, name, commit, seconds, monkeypatch):
+    """A stage as it was published some time ago, at another commit, and asked for by this process."""
+    old = {
+        "created": "2026-01-02T03:04:05+00:00",
+        "git": {"commit": commit, "dirty": False},
+        "packages": {"torch": "1"},
+    }
+    monkeypatch.setattr(store, "provenance", lambda: provenance.provenance() | old | {"device": "CPU of old"})
+    folder = store.stage(profile.name, name, {}, lambda folder: None, "method.grading")
+    manifest = json.loads((folder / store.MANIFEST).read_text())
+    (folder / store.MANIFEST).write_text(json.dumps({**manifest, "seconds": seconds}))
+    return str(folder.relative_to(store.build_dir(profile.name)))
+
+
+def test_a_table_lists_the_stages_it_rests_on_with_what_made_them_and_not_the_moment_of_drawing(
+    profile, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "USED", {})
+    first = published(profile, "policies/sft", "a" * 40, 75.0, monkeypatch)
+    report.save_table(profile, "before", FRAME, title="A title", notebook="03_training")
+    second = published(profile, "replies/sft", "b" * 40, 5.0, monkeypatch)
+    report.save_table(profile, "after", FRAME, title="A title", notebook="03_training")
+    recorded = report.recorded_provenance(tmp_path / "mini/provenance.json")
+    assert [recorded["artefacts"][name]["stages"] for name in ("before", "after")] == [[first], [first, second]]
+    record = recorded["stages"][first]
+    assert (record["git"]["commit"], record["packages"], record["device"]) == ("a" * 40, {"torch": "1"}, "CPU of old")
+    assert (record["seconds"], record["created"]) == (75.0, "2026-01-02T03:04:05+00:00")
+    line = report.made_with(list(recorded["stages"].values()))
+    assert line.startswith("2 stages of 80 s; 2026-01-02; commit aaaaaaaaaa and commit bbbbbbbbbb; CPU of old")
+
+
+def test_a_stage_that_nothing_rests_on_any_more_is_forgotten(profile, tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        monkeypatch.setattr(store, "USED", {})
+        stage = published(profile, name, "a" * 40, 1.0, monkeypatch)
+        report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
+    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["stages"]) == [stage]
+
+
+def test_each_setting_has_a_folder_of_its_own_with_its_profile_and_the_full_command(profile, tmp_path):
+    one = Profile.load("mini", {"grading.top": 10, "data.source": "/data/my lists.jsonl"})
+    other = Profile.load("mini", {"grading.top": 12.5, "data.source": "/data/my lists.jsonl"})
+    for each in (profile, one, other):
+        report.save_table(each, "table9", FRAME, title="A title", notebook="03_training")
+        report.save_claim(each, "training-time", None, "04_evaluation", note="not today")
+    folders = {path.name for path in tmp_path.iterdir()} - {"build"}
+    assert folders == {"mini", one.label, other.label} and one.label.startswith(
+        "mini,data.source=my-lists.jsonl,grading.top=10.0,"
+    )
+    assert "top: 10.0" in (tmp_path / one.label / "profile.yaml").read_text()
+    made = report.recorded_provenance(tmp_path / one.label / "provenance.json")["artefacts"]["table9"]
+    command = "deft run notebooks/03_training.ipynb --profile mini "
+    command += "--set 'data.source=/data/my lists.jsonl' --set grading.top=10.0"
+    assert made["command"] == command
+    assert command.replace("03_training", "04_evaluation") in (tmp_path / one.label / "claims.md").read_text()
 
 
 def test_two_notebooks_at_a_time_lose_no_record(profile, tmp_path):
@@ -44,7 +101,7 @@ def test_two_notebooks_at_a_time_lose_no_record(profile, tmp_path):
     names = [f"table{i}" for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(save, names))
-    assert json.loads((tmp_path / "mini" / "provenance.json").read_text()).keys() == set(names)
+    assert report.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"].keys() == set(names)
 
 
 def test_the_same_figure_twice_is_the_same_file(profile, tmp_path):
@@ -63,7 +120,7 @@ def test_the_same_figure_twice_is_the_same_file(profile, tmp_path):
 def test_a_later_notebook_adds_to_the_provenance_of_an_earlier_one(profile, tmp_path):
     report.save_table(profile, "b", FRAME, title="B", notebook="02_distribution")
     report.save_table(profile, "a", FRAME, title="A", notebook="01_grading")
-    assert list(json.loads((tmp_path / "mini/provenance.json").read_text())) == ["a", "b"]
+    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"]) == ["a", "b"]
 
 
 def test_a_text_with_an_unfit_word_is_not_shown():
@@ -201,13 +258,16 @@ def test_a_claim_is_recorded_with_its_verdict_and_both_pages_are_written(profile
     kept = json.loads((tmp_path / "mini/claims.json").read_text())
     assert list(kept) == ["reward-gain-PRO-D3", "mt-bench / DPO - SFT"]
     assert kept["reward-gain-PRO-D3"]["ours"] == [1.25, 0.4, 2.1, 200]
-    assert {"created", "git", "seconds"} <= kept["reward-gain-PRO-D3"].keys()
+    assert {"created", "seconds", "stages", "drawn"} <= kept["reward-gain-PRO-D3"].keys()
 
 
 def test_the_time_of_a_claim_is_that_of_the_stages_it_rests_on(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "timings", lambda name: [("policies/dpo", 200.0), ("replies/dpo", 100.0)])
+    monkeypatch.setattr(store, "USED", {})
+    stages = [published(profile, "policies/dpo", "a" * 40, 200.0, monkeypatch)]
+    stages += [published(profile, "replies/dpo", "a" * 40, 100.0, monkeypatch)]
     report.save_claim(profile, "data-volume", Interval(0.0, -1.0, 1.0, 20), "06_ablation")
-    assert "| 5 min on 20" in (tmp_path / "mini/claims.md").read_text()
+    assert "| 5 min on 2026-01-02" in (tmp_path / "mini/claims.md").read_text()
+    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["stages"]) == stages
 
 
 def test_claims_that_no_longer_exist_are_dropped_and_a_new_number_replaces_the_old(profile, tmp_path):

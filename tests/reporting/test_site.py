@@ -17,14 +17,14 @@ from deftlib.reporting import site
 ROOT = Path(__file__).resolve().parents[2]
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 MINI = Profile.load("mini")
-ENTRY = {
-    "command": "deft run notebooks/01_count.ipynb",
+MADE = {
     "created": "2026-11-21T10:00:00+00:00",
     "git": {"commit": "0123456789abcdef", "dirty": True},
     "device": "CPU x86_64",
     "cores": 2,
     "python": "3.11.7",
 }
+ENTRY = {"command": "deft run notebooks/01_count.ipynb", "stages": ["policies/sft-1"], "drawn": MADE}
 
 
 def shown(data):
@@ -61,7 +61,8 @@ def project(tmp_path, monkeypatch):
     second = notebook(new_markdown_cell("# More\n\nof it"), new_code_cell("1 + 1"))
     nbformat.write(first, folder / "01_count.ipynb")
     nbformat.write(second, folder / "02_more.ipynb")
-    nbformat.write(second, folder / "02_more-custom.ipynb")
+    (folder / "mini,grading.top=1.0,12345678").mkdir()
+    nbformat.write(second, folder / "mini,grading.top=1.0,12345678" / "04_other_setting.ipynb")
     nbformat.write(second, folder / "03_broken.failed.ipynb")
     for name in ("fig9.png", "fig9.pdf", "fig9.csv", "table9.csv", "table9.tex"):
         (figures / name).write_bytes(b"x")
@@ -71,14 +72,15 @@ def project(tmp_path, monkeypatch):
         f"# Claims\n\nSee [differences.md](differences.md).\n\n| at |\n|---|\n| {claim} |\n"
     )
     (figures / "differences.md").write_text("# Differences\n\n1. [test_x](../../tests/test_x.py)\n")
-    links = "[02](02_more.ipynb), [07](07_never_run.ipynb), [losses](../deftlib/losses.py), [2405.1] and $m$"
+    links = "[02](02_more.ipynb), [07](07_never_run.ipynb), [losses](../deftlib/method/losses.py), [2405.1] and $m$"
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/related_methods.md").write_text(
         f"# Related\n\n{links}\n\n$$-\\log \\sigma(\\beta m)$$\n\n[2405.1]: https://arxiv.org/abs/2405.1\n"
     )
     titles = {"fig9": "It rises < 1", "table9": "A title"}
     made = {name: {"title": title, "notebook": "01_count", **ENTRY} for name, title in titles.items()}
-    (figures / "provenance.json").write_text(json.dumps(made))
+    stages = {"policies/sft-1": {**MADE, "seconds": 41.6}}
+    (figures / "provenance.json").write_text(json.dumps({"artefacts": made, "stages": stages}))
     return tmp_path
 
 
@@ -104,8 +106,8 @@ def test_nothing_is_run_or_fetched_from_elsewhere(pages, project):
 
 def test_every_link_leads_somewhere(pages, project):
     folder = project / "build/mini/site"
-    for path in ("tests/test_x.py", "deftlib/losses.py", "notebooks/07_never_run.ipynb"):
-        (project / path).parent.mkdir(exist_ok=True)
+    for path in ("tests/test_x.py", "deftlib/method/losses.py", "notebooks/07_never_run.ipynb"):
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
         (project / path).touch()
     for name, page in pages.items():
         for url in re.findall(r"(?:href|src)=\"([^\"]+)\"", page):
@@ -124,7 +126,7 @@ def test_the_page_of_related_methods_is_like_the_others(pages, project):
     assert re.findall('href="([^"]+)">(?:02|07|losses|2405.1)<', page) == [
         "02_more.html",
         "../../../notebooks/07_never_run.ipynb",
-        "../../../deftlib/losses.py",
+        "../../../deftlib/method/losses.py",
         "https://arxiv.org/abs/2405.1",
     ]
     assert 'href="related_methods.html"' in site.to_html("[more](related_methods.md)", {})
@@ -213,7 +215,7 @@ def test_every_formula_of_our_notebooks_is_set(path):
 
 def test_the_command_explains_itself_and_names_a_wrong_profile():
     run = lambda *options: subprocess.run(
-        [sys.executable, "-m", "deftlib.site", *options], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "deftlib", "site", *options], capture_output=True, text=True, cwd=ROOT
     )
     assert "usage:" in run("--help").stdout
     wrong = run("--profile", "minni")
