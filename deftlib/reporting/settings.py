@@ -58,14 +58,12 @@ class Settings:
         changed = [
             f"<br>changed: {key} <b>{escape(self.values[key])}</b> ({escape(was)})" for key, was in self.was.items()
         ]
-        rows = [["setting", "value", "changed from"], *([k, self.values[k], self.was.get(k, "")] for k in self.keys)]
-        table = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         line = f"<p>{escape(self.line)}{''.join(changed)}</p>"
+        if not self.keys:
+            return line
+        rows = [[key, self.values[key], self.was.get(key, "")] for key in self.keys]
+        table = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         return (
-            line
-            if not self.keys
-            else (
-                f"{line}<details><summary>the {len(self.keys)} settings that this notebook reads</summary>"
-                f"<table>{table}</table></details>"
-            )
+            f"{line}<details><summary>the {len(self.keys)} settings that this notebook reads</summary>"
+            f"<table><tr><th>setting</th><th>value</th><th>changed from</th></tr>{table}</table></details>"
         )

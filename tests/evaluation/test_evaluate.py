@@ -1,6 +1,7 @@
 """Replies and their scores, means per subset, paired differences."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from deftlib.evaluation.evaluate import by_prompt, by_subset, compare, sigmoid_r
 from deftlib.evaluation.metrics import character_bleu
 from deftlib.models import policies, rewards
 from deftlib.models.generation import generate
+from deftlib.preferences import mini_world
 from deftlib.profile import Generation, Profile, Text
 
 TEXT = Text(prompt_tokens=8, reply_tokens=8)
@@ -126,3 +128,34 @@ def test_a_start_policy_of_one_seed_is_compared_with_each_of_three(baseline):
 def test_two_methods_of_unequal_seeds_are_refused():
     with pytest.raises(ValueError, match="one shape, found"):
         compare({"sft": np.zeros((3, 4)), "dpo": np.ones((2, 4))}, "sft")
+
+
+def test_another_world_makes_other_true_rewards_another_start_policy_and_no_other_scores_elsewhere(
+    tmp_path, monkeypatch
+):
+    keys = []
+
+    def stage(profile_name, name, key, produce, module):
+        keys.append(json.dumps([name, key]))
+        if not name.startswith("policies/"):
+            raise LookupError("asked")
+        return tmp_path
+
+    monkeypatch.setattr(store, "stage", stage)
+    (tmp_path / "test.parquet").write_bytes(b"lists")
+
+    def asked(world, source):
+        keys.clear()
+        monkeypatch.setattr(mini_world, "_source", lambda: world)
+        profile = Profile.load("mini", {"data.source": source})
+        with pytest.raises(LookupError, match="asked"):
+            evaluate.replies(profile, tmp_path, tmp_path, tmp_path)
+        return list(keys)
+
+    mine, other = asked("one world", "mini"), asked("another world", "mini")
+    assert [json.loads(key)[0].partition("-")[0] for key in mine] == [
+        "policies/start",
+        f"replies/{tmp_path.name.partition('-')[0]}",
+    ]
+    assert mine[0] != other[0] and mine[1] != other[1]
+    assert asked("one world", "elsewhere")[1] == asked("another world", "elsewhere")[1]

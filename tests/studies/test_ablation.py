@@ -154,6 +154,13 @@ def test_table_3_changes_one_thing_at_a_time(profile, fitted):
     }
 
 
+def test_another_world_has_other_truly_best_lists(profile, monkeypatch):
+    before = ablation.truly_best_lists(profile)
+    assert ablation.truly_best_lists(profile) == before
+    monkeypatch.setattr(mini_world, "digest", lambda: "another world")
+    assert ablation.truly_best_lists(profile) != before
+
+
 def test_outside_the_mini_world_table_3_has_no_truly_best_lists(fitted):
     assert "truly best A" not in ablation.controls(Profile.load("smol"), "deft-dpo")
 

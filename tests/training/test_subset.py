@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -425,3 +426,63 @@ def test_shares_that_cannot_be_are_refused_with_the_reason(tmp_path, data, messa
     source = write(tmp_path / "own.jsonl", rows(60))
     with pytest.raises(PreferenceError, match=message):
         parts(source, **data)
+
+
+# ---- what the parts depend on --------------------------------------------------------------------------------------
+
+
+def test_how_lists_will_be_ranked_and_how_many_rejects_were_allowed_deal_no_other_parts(tmp_path):
+    source = write(tmp_path / "own.jsonl", rows(60))
+    shares = {**HALVES, "policy": 0.25, "test": 0.25}
+    before = parts(source, shares)
+    assert parts(source, shares, rank_by="reward", max_reject_share=0.2) == before
+    assert parts(source, shares, train_lists=3) != before
+
+
+def test_parts_dealt_under_a_larger_share_of_rejects_are_refused_under_a_smaller_one(tmp_path):
+    bad = {"prompt": "Question?", "responses": ["only one"]}
+    source = write(tmp_path / "own.jsonl", [*rows(60), *[bad] * 5])
+    shares = {**HALVES, "policy": 0.25, "test": 0.25}
+    folder = parts(source, shares, max_reject_share=0.1)
+    with pytest.raises(PreferenceError, match=r"own.jsonl: 5 of 65 lists were rejected .* more than the share of 0.05"):
+        parts(source, shares, max_reject_share=0.05)
+    assert parts(source, shares, max_reject_share=0.1) == folder  # what stood still stands
+
+
+def test_reward_models_are_not_trained_again_for_another_order_or_other_test_lists(tmp_path, monkeypatch):
+    source = write(tmp_path / "own.jsonl", rows(400))
+    shares = {"policy": 0.2, "reward_train": 0.2, "reward_eval": 0.2, "dev": 0.2, "test": 0.2}
+    own = {"source": str(source), "shares": shares}
+    trained = []
+    monkeypatch.setattr(rewards, "_train", lambda profile, which, *_: trained.append(which))
+    for more in ({}, {"rank_by": "reward"}, {"max_reject_share": 0.2}, {"test_lists": 20}, {"train_lists": 20}):
+        changed = Profile.load("mini", {"data": {**own, **more}, "reward_models.train.source": "mini"})
+        folder = subset.parts(changed)
+        for which in ("train", "evaluate"):
+            rewards.reward_model(changed, which, folder)
+    assert trained == ["train", "evaluate"]
+    fewer = Profile.load("mini", {"data": {**own, "reward_lists": 20}, "reward_models.train.source": "mini"})
+    rewards.reward_model(fewer, "train", subset.parts(fewer))
+    assert trained == ["train", "evaluate", "train"]
+
+
+def test_another_revision_of_a_data_set_on_the_hub_is_another_result(monkeypatch, hub):
+    dialogues = [f"\n\nHuman: Question {i}?\n\nAssistant: " for i in range(40)]
+    table = Dataset.from_list([{"chosen": text + "yes", "rejected": text + "no"} for text in dialogues])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: table)
+    shares = {**HALVES, "policy": 0.25, "test": 0.25}
+    hub["someone/prefs"] = 40 * "a"
+    before = parts("someone/prefs", shares)
+    assert parts("someone/prefs", shares) == before
+    assert f"someone/prefs@{40 * 'a'}/prefs/train" in (before / store.MANIFEST).read_text()
+    hub["someone/prefs"] = 40 * "b"
+    assert parts("someone/prefs", shares) != before
+
+
+@pytest.mark.parametrize(
+    "grading, other", [("reward", {"grading.keep": 50.0}), ("distribution", {"grading.top": 50.0})]
+)
+def test_a_grading_does_not_depend_on_the_settings_of_the_other(policy, publish, grading, other):
+    publish(SCORED)
+    folder = policy()
+    assert subset.graded(profile(folder), grading).folder == subset.graded(profile(folder, **other), grading).folder
