@@ -7,7 +7,6 @@
 Pure but for the files of the project it reads; `report.save_claim` writes.
 """
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -203,7 +202,9 @@ def _duration(seconds):
 def differences(profile):
     """The text of differences.md: `data/differences.md`, then every setting in which this profile leaves `paper`'s."""
     text = (store.ROOT / "data" / "differences.md").read_text(encoding="utf-8")
-    theirs, ours = (_flat(dataclasses.asdict(each)) for each in (Profile.load("paper"), profile))
+    theirs, ours = (
+        {key: _text(value) for key, value in each.settings().items()} for each in (Profile.load("paper"), profile)
+    )
     rows = [
         {"setting": f"`{key}`", "paper": theirs[key], profile.name: ours[key]}
         for key in theirs
@@ -212,18 +213,11 @@ def differences(profile):
     return f"{text}\n{markdown_table(rows)}\n" if rows else f"{text}\nNone: this is that profile.\n"
 
 
-def _flat(tree, prefix=""):
-    """{"grading.top": "3.73", …} of nested dicts, values as text."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            named = (item["name"] if isinstance(item, dict) else item for item in value)
-            flat[prefix + key] = ", ".join(map(str, named)) or "none"
-        else:
-            flat[prefix + key] = "none" if value == "" else str(value)
-    return flat
+def _text(value):
+    """A setting's value to read: of models their names, of nothing "none"."""
+    if isinstance(value, list):
+        return ", ".join(str(item["name"] if isinstance(item, dict) else item) for item in value) or "none"
+    return "none" if value == "" else str(value)
 
 
 def markdown_table(rows):
