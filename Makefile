@@ -3,7 +3,7 @@
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
-# make clean              remove results, keep .venv and downloads
+# make clean              remove results (kept answers of judges and ratings of people too), keep .venv and downloads
 
 PROFILE ?= mini
 PYTHON ?= python3

@@ -1,6 +1,7 @@
 """deftlib: a reproducible companion to *DEFT: Distribution-guided Efficient Fine-Tuning for Human Alignment*.
 
-Read the notebooks first; they call this library. Its rooms, from the top of the house to the ground; imports point
+Read the notebooks first; they call this library. *Decision 7* and its like are those of data/differences.md, *A.1* and
+section numbers are the paper's. Its rooms, from the top of the house to the ground; imports point
 down this list only, and down the list of files that each room opens with:
 
     __main__       the command `deft`: run, check, train and the others
@@ -14,8 +15,8 @@ down this list only, and down the list of files that each room opens with:
     run            one notebook, executed headless
     profile        Profile: one typed record of every size, model and data source
     intervals      means with 95 % intervals
-    store          where results live, one folder a key; atomic publication
-    provenance     what a result rests on: code, packages, device, revisions
+    store          where results live, one folder a key: published whole or not at all
+    provenance     what a key holds beside settings and inputs: code, packages, device; what a manifest tells
 """
 
 import os

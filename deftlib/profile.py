@@ -50,7 +50,7 @@ class Data:
 class Text:
     prompt_tokens: int = 384  # A.1: 512 input tokens, of which 128 for the reply; cut on the left
     reply_tokens: int = 128  # A.1, cut on the right
-    template: Literal["plain", "chat"] = "plain"  # design section 2, or the tokenizer's own chat template
+    template: Literal["plain", "chat"] = "plain"  # "\\n\\nHuman: …", or the tokenizer's own chat template
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Grading:
 
 @dataclass(frozen=True)
 class Omega:
-    reading: Literal["published", "counts", "ratio"] = "ratio"  # design section 2, decision 11
+    reading: Literal["published", "counts", "ratio"] = "ratio"  # decision 11
     value: float = 0.03  # the printed omega, or the wanted |omega grad R_dis| / |grad L_m|
     calibration_batches: int = 8
 

@@ -3,7 +3,8 @@
     made_by("training.train")      # {"code", "packages", "device"}: goes into the key of every result made by it
     provenance()                   # when, where and with what: stands beside a result, and in no key
 
-The code is that of the files as they were when deftlib was imported, never what an editor has left there since.
+The code is that of the files as they were when deftlib was imported, never what an editor has left there since. What a
+table's record in `figures/` holds is written by `reporting.report`.
 """
 
 import ast

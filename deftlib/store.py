@@ -3,6 +3,8 @@
 `stage(profile_name, "rewards/train", key, produce, "models.rewards")` returns a folder under `build/<profile>/`. If a
 result with the same key stands there, it is reused; else `produce(folder)` fills a temporary folder, which is checked,
 synced and renamed. A killed run leaves no half result, and a full disk leaves the earlier ones alone.
+
+A key holds the settings and the digests of inputs that the caller names, and what `provenance.made_by` adds.
 """
 
 import errno

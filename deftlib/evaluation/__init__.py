@@ -2,7 +2,7 @@
 
     human_eval     blind pairs, the page on which people rate them, win rates and agreement
     refine         reference answers rewritten by a stronger model
-    mt_bench       MT-Bench: questions, a judge asked, its ratings averaged
+    mt_bench       MT-Bench: asks the judge (through `models.endpoint`), reads and averages its ratings
     mini_bench     MT-Bench's format in the mini world, with a judge by rule
     evaluate       replies to the test prompts with their scores; methods compared
     metrics        BLEU, BARTScore, likelihood, KL divergence, distinct-n

@@ -1,7 +1,7 @@
 """The distribution reward for any trainer: `class DeftKTOTrainer(DistributionGuided, KTOTrainer)`, Eq. 18.
 
 The mixin captures the last hidden state that the trainer's own forward pass computes, folds q_diff through the output
-head (design section 3) and subtracts omega * R_dis from the loss. It costs one matrix-vector product and a mean over
+head (the identity of `distribution`) and subtracts omega * R_dis from the loss. It costs one matrix-vector product and a mean over
 hidden states: no second pass, no logits. With omega = 0 it only logs R_dis and leaves the loss and the random state
 bit for bit alone.
 

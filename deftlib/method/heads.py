@@ -13,7 +13,7 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 
 class HeadError(RuntimeError):
-    """A head that the distribution reward cannot be folded through: the identity of design section 3 fails there."""
+    """A head that the distribution reward cannot be folded through: the identity of `distribution` fails there."""
 
 
 def base_model(model):
@@ -32,7 +32,7 @@ def output_head(model):
 
     Under PEFT these are the weights in use: of a head in `modules_to_save` or with trainable tokens, the trained copy.
     Raises HeadError by name where that is not so: soft-capped logits, an adapter on the head, virtual tokens, an
-    encoder-decoder, no head at all. There the identity of design section 3 fails.
+    encoder-decoder, no head at all. There the identity of `distribution` fails.
     """
     for adapter in getattr(model, "peft_config", {}).values():
         if adapter.is_prompt_learning:

@@ -1,10 +1,13 @@
-"""The losses of the methods and of DEFT, Eqs. 5-12 and 18 and beyond: pure functions of tensors, one scalar each.
+"""The losses of the methods and of DEFT, Eqs. 5-12 and 18 and beyond: pure functions of tensors.
 
     sums, counts = sequence_log_probs(logits, labels)
     loss = deft_loss(pro_loss(sums, counts), folded_reward(hidden, labels, direction), omega)
 
 `B` ranked lists of `L >= 2` responses, best first. `sums[B, L]` are log-probabilities of whole responses (nats, <= 0),
 `counts[B, L]` their numbers of tokens. Every loss is a mean over lists (our choice; the paper prints that of one list).
+
+`training.trainers` trains with these, but for SFT and DPO: there TRL's own losses run, which the tests hold against
+`sft_loss` and `dpo_loss`; and Eq. 18 is applied by `guidance`, as `deft_loss` says it.
 """
 
 import torch

@@ -102,7 +102,7 @@ def fingerprint(tokenizer):
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ---- text to tokens (design section 2, "Text") -----------------------------------------------------------------
+# ---- text to tokens --------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, prompt, text):

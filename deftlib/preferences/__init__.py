@@ -1,8 +1,8 @@
 """Preference data: ranked lists, one prompt with its responses, best first.
 
     lists          read, check, reject, split: any source becomes one Dataset; `deft check` from the shell
-    sources        files, folders and the hub, and the formats of their rows
+    sources        opens files, folders and the hub, parses the formats of their rows; checks nothing
     mini_world     the authored world of data/mini, with its known true reward
 
-Start with `lists.read`. A new file format is one function in `sources.FORMATS`.
+Start with `lists.read`. A new file format is one function, and one entry of `sources.FORMATS` with its keys.
 """

@@ -1,7 +1,7 @@
 """Where ranked lists come from: files, folders and the hub, and the formats their rows are in.
 
 `files` finds the files of a source, `detected` names their format, `candidates` turns one row into prompts with
-responses, in the project's one text format but unchecked. `deftlib.preferences` checks them and builds the Dataset.
+responses, in the project's one text format but unchecked. `lists.read` checks them and builds the Dataset.
 """
 
 import gzip

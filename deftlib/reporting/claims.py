@@ -1,4 +1,4 @@
-"""The paper's claims, part by part, and what a run says to each: a verdict by one rule (design section 2).
+"""The paper's claims, part by part, and what a run says to each: a verdict by one rule (`RULE`).
 
     parts = claims.parts(report.published())          # data/claims.yaml says what each claim comes down to
     claims.verdict(Interval(1.2, 0.4, 2.0, 96), +1)   # "reproduced (direction)"
@@ -87,7 +87,7 @@ def find(parts, claim, part=""):
 
 
 def verdict(interval, direction, no_effect=0.0):
-    """What a 95 % interval says to a claim of that direction: the rule of design section 2.
+    """What a 95 % interval says to a claim of that direction: `RULE` in code.
 
     interval: `Interval` of the paired difference. direction: +1 or -1. no_effect: the value to exclude.
     Raises ValueError where the ends are no interval.

@@ -1,4 +1,4 @@
-"""One more reply for every ranked list: from D_2 to D_3 where PRO's own files are not at hand (design section 2).
+"""One more reply for every ranked list: from D_2 to D_3 where PRO's own files are not at hand.
 
 The reply comes from any OpenAI-compatible endpoint, or is sampled from the SFT policy; r_train then ranks all replies.
 Results are named after who wrote it, `D_3-sampled` or `D_3-<model>`, and never stand beside a published D_3 number.

@@ -199,7 +199,7 @@ def _grade_by_distribution(profile, policy_part, counted_folder, hidden, folder)
 
 
 def counted(profile):
-    """Folder with `q_diff.npz` of the whole policy part, y_1 against y_l: without rewards or grading (decision 5)."""
+    """Folder with `q_diff.npz` of the pool (`parts`), y_1 against y_l: without rewards or grading (decision 5)."""
     pool_part, start = parts(profile) / "pool.parquet", policies.start_policy(profile)
     tokenizer = policies.load_tokenizer(start)
     key = {"lists": store.digest(pool_part), "tokenizer": policies.fingerprint(tokenizer), "text": vars(profile.text)}
@@ -237,7 +237,7 @@ def vocabulary_size(policy):
 def response_hidden(profile):
     """Folder with `hidden.npz`: the start policy's mean hidden state over every response of the policy part.
 
-    By the identity of design section 3 this is all that R_dis needs: one pass of the backbone, without its head, serves
+    By the identity of `method.distribution` this is all that R_dis needs: one pass of the backbone, without its head, serves
     every q_diff (`distribution_rewards`).
     """
     policy_part, start = parts(profile) / "policy.parquet", policies.start_policy(profile)

@@ -191,7 +191,7 @@ def response_logits(model, unwrapped, labels, **inputs):
     """Logits [R, V] at the R positions that predict a response token, in the order of the rows.
 
     labels: int[N, T]. inputs: of the model. Selecting positions before the head needed the least memory of all ways
-    tried (design section 8).
+    tried.
     """
     with outputs_of(heads.backbone(unwrapped), only_with_gradients=False) as captured:
         # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
