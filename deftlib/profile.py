@@ -50,7 +50,7 @@ class Data:
 class Text:
     prompt_tokens: int = 384  # A.1: 512 input tokens, of which 128 for the reply; cut on the left
     reply_tokens: int = 128  # A.1, cut on the right
-    template: Literal["plain", "chat"] = "plain"  # "\\n\\nHuman: …", or the tokenizer's own chat template
+    template: Literal["plain", "chat"] = "plain"  # "Human: …" as HH-RLHF, or the tokenizer's own chat template
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The distribution reward for any trainer: `class DeftKTOTrainer(DistributionGuided, KTOTrainer)`, Eq. 18.
 
 The mixin captures the last hidden state that the trainer's own forward pass computes, folds q_diff through the output
-head (the identity of `distribution`) and subtracts omega * R_dis from the loss. It costs one matrix-vector product and a mean over
-hidden states: no second pass, no logits. With omega = 0 it only logs R_dis and leaves the loss and the random state
-bit for bit alone.
+head (the identity of `distribution`) and subtracts omega * R_dis from the loss. It costs one matrix-vector product and
+a mean over hidden states: no second pass, no logits. With omega = 0 it only logs R_dis and leaves the loss and the
+random state bit for bit alone.
 
 TRL's SFT, DPO, KTO, GRPO, RLOO, CPO (SimPO), ORPO and this library's ranked-list trainers are known, by what their
 batches hold (`FAMILIES`). A trainer with such batches works too, if it runs the policy on them as its family does;

@@ -237,8 +237,8 @@ def vocabulary_size(policy):
 def response_hidden(profile):
     """Folder with `hidden.npz`: the start policy's mean hidden state over every response of the policy part.
 
-    By the identity of `method.distribution` this is all that R_dis needs: one pass of the backbone, without its head, serves
-    every q_diff (`distribution_rewards`).
+    By the identity of `method.distribution` this is all that R_dis needs: one pass of the backbone, without its head,
+    serves every q_diff (`distribution_rewards`).
     """
     policy_part, start = parts(profile) / "policy.parquet", policies.start_policy(profile)
     key = {"lists": store.digest(policy_part), "start": policies.identity(start), "text": vars(profile.text)}
