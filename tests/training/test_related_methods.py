@@ -162,7 +162,7 @@ def test_every_class_and_module_of_trl_on_the_page_is_there_and_what_it_calls_go
 
 
 def test_every_single_name_in_code_on_the_page_is_one_of_trl_or_of_this_library():
-    library = "\n".join([*SOURCES.values(), *(path.read_text() for path in (ROOT / "deftlib").glob("*.py"))])
+    library = "\n".join([*SOURCES.values(), *(path.read_text() for path in (ROOT / "deftlib").rglob("*.py"))])
     words = set(re.findall(r"[\w-]+", library)) | GONE | {"use_asft_loss"}  # LLaMA-Factory's
     assert {span for span in spans(TEXT) if re.fullmatch(r"[\w-]+", span)} <= words
 

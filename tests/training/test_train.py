@@ -250,13 +250,13 @@ def test_a_reader_adds_a_method_with_one_loss_and_one_line(start, tmp_path, monk
 
 @pytest.mark.parametrize("method", ["kto", "deft-kto", "DPO", "deft-"])
 def test_an_unknown_method_is_refused_before_anything_is_computed(method, monkeypatch):
-    monkeypatch.setattr(train, "models", None)
+    monkeypatch.setattr(train, "policies", None)
     with pytest.raises(ValueError, match=f"unknown method '{method}': one of sft, ift, dpo, rloo, rrhf"):
         train.fit(Profile.load("mini"), method)
 
 
 def test_the_command_line_explains_itself():
-    command = [sys.executable, "-m", "deftlib.train", "--help"]
+    command = [sys.executable, "-m", "deftlib", "train", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
     assert all(option in result.stdout for option in ("--profile", "--method", "--seed", "--grading", "--omega"))
