@@ -34,5 +34,5 @@ __version__ = "0.1.0"
 _HOUSE = Path(__file__).resolve().parent
 SOURCES = {
     ".".join(path.relative_to(_HOUSE.parent).with_suffix("").parts).removesuffix(".__init__"): path.read_text("utf-8")
-    for path in sorted(_HOUSE.rglob("*.py"))
+    for path in sorted(_HOUSE.rglob("[!.]*.py"))  # not what editors leave there
 }

@@ -233,7 +233,10 @@ class Profile:
         """The profile that a command was asked for, by the options of `add_options`. Raises ProfileError."""
         overrides = dict(cls.override(text) for text in options.set)
         source = overrides.get("data.source")
-        if source and Path(source).exists():  # meant from here, not from the notebooks' folder
+        named = ("mini", "hh-rlhf", "oasst")
+        if (
+            isinstance(source, str) and source not in named and Path(source).exists()
+        ):  # meant from here, not from the notebooks' folder
             overrides["data.source"] = str(Path(source).resolve())
         return cls.load(options.profile, overrides)
 
@@ -297,10 +300,11 @@ class Profile:
     def options(self):
         """The options of a command that give this profile: "--profile mini --set grading.top=10.0"."""
         sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes().items()]
-        return " --set ".join([f"--profile {self.name}", *sets])
+        return _without_passwords(" --set ".join([f"--profile {self.name}", *sets]))
 
     def __str__(self):
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=110).rstrip()
+        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=110)
+        return _without_passwords(text).rstrip()
 
 
 def add_options(parser, default="mini"):
@@ -315,6 +319,11 @@ def _flat(tree, prefix=""):
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def _without_passwords(text):
+    """A text without what stands before the @ of a URL: it is written to files that are shown."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def one_line(value):

@@ -80,8 +80,9 @@ def packages_of(module):
     return found
 
 
+@functools.cache
 def version(package):
-    """The installed version of a package, None without it."""
+    """The version of a package, None without it: the one that was there when this process first asked."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

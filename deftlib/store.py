@@ -116,11 +116,11 @@ def _alone(final):
     """One process at a time computes a result: two notebooks may want the same."""
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = final.with_name(f".{final.name}.lock")
-    try:
-        with FileLock(lock):
+    with FileLock(lock):
+        try:
             yield
-    finally:
-        lock.unlink(missing_ok=True)
+        finally:  # by its holder alone: one that gave up waiting would take it from under the others
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -218,8 +218,10 @@ def digest(path):
     if path.is_dir():
         files = read_manifest(path)["files"]
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    if (path.parent / MANIFEST).is_file():
-        return read_manifest(path.parent)["files"][path.name]["sha256"]
+    if path.parent.is_relative_to(ROOT / "build") and (path.parent / MANIFEST).is_file():
+        published = read_manifest(path.parent)["files"]
+        if path.name in published:
+            return published[path.name]["sha256"]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

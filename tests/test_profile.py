@@ -191,3 +191,8 @@ def test_outside_a_checkout_one_sentence_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(profile_module, "FOLDER", tmp_path / "notebooks" / "profiles")
     with pytest.raises(ProfileError, match="run inside the project's checkout, or set DEFT_ROOT to it"):
         Profile.load("mini")
+
+
+def test_what_is_written_down_holds_no_password():
+    secret = Profile.load("mini", {"evaluation.refiner.url": "https://me:SECRET@host/v1"})
+    assert "SECRET" not in str(secret) + secret.options + secret.label and "https://host/v1" in secret.options

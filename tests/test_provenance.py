@@ -125,8 +125,8 @@ def test_a_key_holds_the_packages_that_its_code_imports_and_those_that_they_work
 
 def test_an_upgrade_makes_another_result(monkeypatch):
     before, of_lists = stage(), stage("preferences.lists")
-    installed = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0" if name == "accelerate" else installed(name))
+    installed = provenance.version
+    monkeypatch.setattr(provenance, "version", lambda name: "99.0" if name == "accelerate" else installed(name))
     assert stage() != before and stage("preferences.lists") == of_lists
     assert store.read_manifest(stage())["key"]["packages"]["accelerate"] == "99.0"
 
@@ -186,3 +186,9 @@ def test_a_copy_outside_its_repository_takes_no_other_repositorys_commit(monkeyp
 def test_the_settings_of_two_overrides_have_names_of_their_own():
     one, other = (Profile.load("mini", {"grading.top": top}) for top in (10, 12.5))
     assert json.dumps(one.settings()) != json.dumps(other.settings()) and one.label != other.label
+
+
+def test_an_upgrade_while_a_process_runs_is_not_taken_for_what_it_imported(monkeypatch):
+    before = made_by("training.train")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
+    assert made_by("training.train") == before

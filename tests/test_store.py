@@ -281,3 +281,9 @@ def test_several_processes_are_refused_by_name(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(store.StoreError, match="one process"):
         stage("anything", {}, lambda folder: None, "method.grading")
+
+
+def test_a_users_own_manifest_beside_a_file_is_not_ours(tmp_path):
+    (tmp_path / "prefs.jsonl").write_text("{}")
+    (tmp_path / store.MANIFEST).write_text("[]")
+    assert len(store.digest(tmp_path / "prefs.jsonl")) == 64

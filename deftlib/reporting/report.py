@@ -341,4 +341,5 @@ def _commit(record):
 
 def recorded_provenance(path):
     """What a `provenance.json` holds: artefacts and stages, both empty if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"artefacts": {}, "stages": {}}
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return recorded if "artefacts" in recorded else {"artefacts": {}, "stages": {}}  # older ones held no stages
