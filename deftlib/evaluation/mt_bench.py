@@ -148,11 +148,9 @@ def answers(profile, bench, policy, seed=0):
     fills `mt_bench.max_new_tokens`; None where the policy's tokenizer is not at hand.
     """
     text = replace(profile.text, prompt_tokens=profile.mt_bench.prompt_tokens)
-    limit = profile.mt_bench.max_new_tokens
-    is_endpoint = isinstance(policy, Endpoint)
-    name = generation.name_of(policy)
-    key = {"policy": generation.identity(policy), "seed": seed}
-    key |= {"questions": bench.questions, "dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
+    limit, name = profile.mt_bench.max_new_tokens, generation.name_of(policy)
+    key = {"policy": generation.identity(policy), "seed": seed, "questions": bench.questions}
+    key |= {"dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
     key["batch_size"] = profile.generation.batch_size  # a batch is seeded by what is in it
 
     def produce(folder):
@@ -166,7 +164,7 @@ def answers(profile, bench, policy, seed=0):
                 replies = generation.replies(profile, policy, prompts, seed, text, sampling, label)
                 for i, (reply,) in zip(asked, replies):
                     said[i].append(reply.strip())
-        tokenizer = None if is_endpoint else load_tokenizer(policy)
+        tokenizer = None if isinstance(policy, Endpoint) else load_tokenizer(policy)
         with open(folder / "model_answer.jsonl", "w", encoding="utf-8") as file:
             for question, turns in zip(bench.questions, said):
                 cut = [tokenizer and len(tokenizer(f" {answer}")["input_ids"]) >= limit for answer in turns]
@@ -391,9 +389,8 @@ def main(arguments=None):
             judged = judgments(profile, bench, said)
     except (ValueError, RuntimeError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    table = labelled(score_table(ratings(judged)), profile)
+    table, missing = labelled(score_table(ratings(judged)), profile), judged[judged["rating"].isna()]
     print(f"\njudge: {judged['judge'].iloc[0]}\n{table.to_string(float_format='{:.2f}'.format)}")
-    missing = judged[judged["rating"].isna()]
     for reason, count in missing["reason"].value_counts().items():
         print(f"{count} of {len(judged)} judgments missing: {reason}")
     return 1 if len(missing) else 0
