@@ -6,28 +6,24 @@ refused with the nearest valid name. This module alone reads the YAML.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import shlex
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from deftlib import typed
 from deftlib.store import ROOT
+from deftlib.typed import ProfileError
 
 FOLDER = ROOT / "notebooks" / "profiles"
 
 
 Part = Literal["policy", "reward_train", "reward_eval", "dev", "test"]
-
-
-class ProfileError(ValueError):
-    """A profile that does not exist, an unknown key, or a value of the wrong type."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +208,9 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Settings:
+    """What a profile's YAML file holds."""
+
     name: str
     about: str
     seeds: list[int]
@@ -228,16 +226,42 @@ class Profile:
     ablation: Ablation = field(default_factory=Ablation)
     comparison: Comparison = field(default_factory=Comparison)
 
+    def digest(self, *sections):
+        """12 hex digits over the named sections (all, if none): part of the key of a published result."""
+        values = {name: value for name, value in self._tree().items() if not sections or name in sections}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def settings(self):
+        """{"grading.top": 25.0, ...}: every setting by its dotted name."""
+        return typed.flat(self._tree())
+
+    def _tree(self):
+        names = [f.name for f in dataclasses.fields(Settings)]
+        whole = dataclasses.asdict(self)
+        return {name: whole[name] for name in names}
+
+    def __str__(self):
+        text = yaml.safe_dump(self._tree(), sort_keys=False, default_flow_style=None, width=110)
+        return _without_passwords(text).rstrip()
+
+
+@dataclass(frozen=True)
+class Profile(Settings):
+    """Settings, and what tells them from those of the file as it was when they were loaded.
+
+    A profile made from another by `dataclasses.replace`, for a part of its work, keeps the label of the whole.
+    """
+
+    label: str = field(kw_only=True, compare=False)
+    changes: dict = field(kw_only=True, compare=False)  # {dotted name: value} of what overrides changed
+
     @classmethod
     def from_options(cls, options):
         """The profile that a command was asked for, by the options of `add_options`. Raises ProfileError."""
-        overrides = dict(cls.override(text) for text in options.set)
-        source = overrides.get("data.source")
-        named = ("mini", "hh-rlhf", "oasst")
-        if (
-            isinstance(source, str) and source not in named and Path(source).exists()
-        ):  # meant from here, not from the notebooks' folder
-            overrides["data.source"] = str(Path(source).resolve())
+        overrides = typed.flat(dict(cls.override(text) for text in options.set))
+        source, named = overrides.get("data.source"), ("mini", "hh-rlhf", "oasst")
+        if isinstance(source, str) and source not in named and Path(source).exists():
+            overrides["data.source"] = str(Path(source).resolve())  # meant from here, not from the notebooks' folder
         return cls.load(options.profile, overrides)
 
     @staticmethod
@@ -254,57 +278,22 @@ class Profile:
     @classmethod
     def load(cls, name, overrides=None):
         """The profile of that name, with overrides applied. Raises ProfileError on anything unknown."""
-        path = FOLDER / f"{name}.yaml"
-        if not FOLDER.is_dir():
-            raise ProfileError(f"no profiles at {FOLDER}: run inside the project's checkout, or set DEFT_ROOT to it")
-        if not path.is_file():
-            names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
-            raise ProfileError(f"no profile {name!r} in {FOLDER.name}/: {_nearest(str(name), names)}")
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        tree = _read(name)
+        plain = typed.build(Settings, tree)
+        if plain.name != name:
+            raise ProfileError(f"{name}.yaml calls itself {plain.name!r}, expected {name!r}")
         for key, value in (overrides or {}).items():
-            _override(tree, key, value)
-        profile = _build(cls, tree, where="")
-        if profile.name != name:
-            raise ProfileError(f"{path.name} calls itself {profile.name!r}, expected {name!r}")
-        return profile
-
-    def digest(self, *sections):
-        """12 hex digits over the named sections (all, if none): part of the key of a published result."""
-        values = {name: getattr(self, name) for name in sections or [f.name for f in dataclasses.fields(self)]}
-        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
-
-    def settings(self):
-        """{"grading.top": 25.0, ...}: every setting by its dotted name."""
-        return _flat(dataclasses.asdict(self))
-
-    def changes(self):
-        """{dotted name: value} of the settings that are not those of the profile's file: what overrides changed."""
-        plain = Profile.load(self.name).settings()
-        return {key: value for key, value in self.settings().items() if key not in plain or plain[key] != value}
-
-    @property
-    def label(self):
-        """`mini`, and after overrides `mini,grading.top=10.0,5d0c7a9e`: the name of a folder for this setting alone.
-
-        It says what differs, as far as 80 characters reach; the digest is over all settings.
-        """
-        changes = ",".join(f"{key}={one_line(value).rpartition('/')[2]}" for key, value in self.changes().items())
-        readable = re.sub(r"[^\w.,=+-]+", "-", changes)[:80]
-        return f"{self.name},{readable},{self.digest()[:8]}" if changes else self.name
+            typed.override(tree, key, value)
+        chosen = typed.build(Settings, tree)
+        were = plain.settings()
+        changes = {key: value for key, value in chosen.settings().items() if key not in were or were[key] != value}
+        return cls(**vars(chosen), label=_label(chosen, changes), changes=changes)
 
     @property
     def options(self):
         """The options of a command that give this profile: "--profile mini --set grading.top=10.0"."""
-        sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes().items()]
+        sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes.items()]
         return _without_passwords(" --set ".join([f"--profile {self.name}", *sets]))
-
-    def __str__(self):
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, default_flow_style=None, width=110)
-        return _without_passwords(text).rstrip()
 
 
 def add_options(parser, default="mini"):
@@ -313,86 +302,36 @@ def add_options(parser, default="mini"):
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. grading.top=10")
 
 
-def _flat(tree, prefix=""):
-    """A nested dict with dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def one_line(value):
+    """A value as `--set` takes it: YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    return json.dumps(value) if "\n" in text else text
+
+
+def _read(name):
+    """The nested dict in the profile's file."""
+    path = FOLDER / f"{name}.yaml"
+    if not FOLDER.is_dir():
+        raise ProfileError(f"no profiles at {FOLDER}: run inside the project's checkout, or set DEFT_ROOT to it")
+    if not path.is_file():
+        names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+        raise ProfileError(f"no profile {name!r} in {FOLDER.name}/: {typed.nearest(str(name), names)}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _label(settings, changes):
+    """`mini`, and after overrides `mini,grading.top=10.0,5d0c7a9e`: the name of a folder for this setting alone.
+
+    It says what differs, as far as 80 characters reach; the digest is over all settings.
+    """
+    said = ",".join(f"{key}={one_line(value).rpartition('/')[2]}" for key, value in changes.items())
+    readable = re.sub(r"[^\w.,=+-]+", "-", said)[:80]
+    return f"{settings.name},{readable},{settings.digest()[:8]}" if changes else settings.name
 
 
 def _without_passwords(text):
     """A text without what stands before the @ of a URL: it is written to files that are shown."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
-
-
-def one_line(value):
-    """A value as `--set` takes it: YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
-
-
-def _override(tree, key, value):
-    """Set `a.b.c` in the nested dict, or merge a nested dict into it."""
-    head, _, rest = key.partition(".")
-    if rest:
-        tree = tree.setdefault(head, {})
-        if not isinstance(tree, dict):
-            raise ProfileError(f"{head!r} is a value, not a section: cannot set {key!r}")
-        _override(tree, rest, value)
-    elif isinstance(value, dict) and isinstance(tree.get(head), dict):
-        for inner, inner_value in value.items():
-            _override(tree[head], inner, inner_value)
-    else:
-        tree[head] = value
-
-
-def _build(kind, tree, where):
-    """The dataclass `kind` from a nested dict; every key known, every value of its declared type."""
-    if not isinstance(tree, dict):
-        raise ProfileError(f"{where.rstrip('.') or 'the profile'} must be a section of keys, found {tree!r}")
-    declared = typing.get_type_hints(kind)
-    for key in tree:
-        if key not in declared:
-            raise ProfileError(f"unknown profile key {where + key!r}: {_nearest(key, list(declared))}")
-    values = {key: _typed(declared[key], value, where + key) for key, value in tree.items()}
-    missing = [f.name for f in dataclasses.fields(kind) if f.name not in values and _required(f)]
-    if missing:
-        raise ProfileError(f"{where.rstrip('.') or 'the profile'} lacks {', '.join(missing)}")
-    return kind(**values)
-
-
-def _required(f):
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _typed(kind, value, where):
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where + ".")
-    if typing.get_origin(kind) is list:
-        (inner,) = typing.get_args(kind)
-        if not isinstance(value, list):
-            raise ProfileError(f"{where} must be a list, found {value!r}")
-        return [_typed(inner, item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if typing.get_origin(kind) is dict:
-        names, inner = typing.get_args(kind)
-        if not isinstance(value, dict):
-            raise ProfileError(f"{where} must be a section of keys, found {value!r}")
-        for key in value:
-            if key not in typing.get_args(names):
-                raise ProfileError(f"unknown key {where}.{key}: {_nearest(str(key), list(typing.get_args(names)))}")
-        return {key: _typed(inner, item, f"{where}.{key}") for key, item in value.items()}
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ProfileError(f"{where} is {value!r}: {_nearest(str(value), list(typing.get_args(kind)))}")
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        hint = " (in YAML write 1.0e-6, not 1e-6)" if kind is float and isinstance(value, str) else ""
-        raise ProfileError(f"{where} must be of type {kind.__name__}, found {value!r}{hint}")
-    return value
-
-
-def _nearest(name, valid):
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(valid)}"

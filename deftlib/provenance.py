@@ -22,7 +22,8 @@ from pathlib import Path
 import deftlib
 
 PACKAGE = Path(deftlib.__file__).resolve().parent
-CARRIERS = {"deftlib", "deftlib.store", "deftlib.provenance", "deftlib.profile"}  # of results and settings
+# They carry results and settings, and change no number.
+CARRIERS = {"deftlib", "deftlib.store", "deftlib.provenance", "deftlib.profile", "deftlib.typed"}
 PACKAGES = {  # that can change a number, each with those that do part of its work
     "torch": [],
     "transformers": ["tokenizers", "accelerate", "torch"],
@@ -68,6 +69,11 @@ def edited_since_import(module):
         if now != deftlib.SOURCES[name] and meaning(now) != meaning(deftlib.SOURCES[name]):
             edited.append(str(path.relative_to(PACKAGE.parent)))
     return edited
+
+
+def upgraded_since_import(module):
+    """The packages of that code whose version is no longer the one that this process first saw."""
+    return [name for name in sorted(packages_of(module)) if version(name) != version.__wrapped__(name)]
 
 
 @functools.cache
@@ -179,12 +185,16 @@ def provenance():
 
 
 def _git():
-    """Commit of the code, and whether tracked files other than figures differ from it; None outside its repository."""
+    """Commit of the code, and whether files other than figures differ from it; None outside its repository.
+
+    Files that it does not know count in deftlib alone: there one may be imported.
+    """
     run = functools.partial(subprocess.run, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     try:
         run(["git", "ls-files", "--error-unmatch", "deftlib/__init__.py"])  # not a repository that a .venv lies in
         commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures"])
+        changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures"]).stdout
+        changed += run(["git", "ls-files", "--others", "--exclude-standard", "deftlib"]).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "dirty": bool(changed.stdout.strip())}
+    return {"commit": commit, "dirty": bool(changed.strip())}

@@ -21,7 +21,7 @@ from deftlib.store import ROOT, StoreError, build_dir, explained
 
 def execute(notebook, profile):
     """Path of the executed copy. Raises PapermillExecutionError if a cell fails."""
-    notebook, overrides = Path(notebook).resolve(), profile.changes()
+    notebook, overrides = Path(notebook).resolve(), profile.changes
     variant = profile.label if overrides else ""  # make looks at the plain copies
     target = build_dir(profile.name) / "notebooks" / variant / notebook.name
     running = target.with_suffix(".running.ipynb")

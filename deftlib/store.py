@@ -1,6 +1,6 @@
 """Where results live, and how one becomes visible: whole, with its provenance, or not at all.
 
-`stage(profile_name, "rewards/train", key, produce, "models.rewards")` returns a folder under `build/<profile>/`. If a
+`stage(profile, "rewards/train", key, produce, "models.rewards")` returns a folder under `build/<profile>/`. If a
 result with the same key stands there, it is reused; else `produce(folder)` fills a temporary folder, which is checked,
 synced and renamed. A killed run leaves no half result, and a full disk leaves the earlier ones alone.
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from deftlib.provenance import edited_since_import, made_by, provenance
+from deftlib.provenance import edited_since_import, made_by, provenance, upgraded_since_import
 
 
 def _root():
@@ -39,7 +39,7 @@ REFUSALS = {
     errno.EROFS: "the file system is read-only",
 }
 TORCH_SAVE_CUT_SHORT = ("PytorchStreamWriter", "] . unexpected pos ")  # it keeps the system's words to itself
-USED = {}  # {profile: {name: folder}} of every stage this process asked for: what its tables and figures rest on
+USED = {}  # {label: {name: folder}} of every stage this process asked for: what its tables and figures rest on
 
 
 class StoreError(RuntimeError):
@@ -60,7 +60,7 @@ def records_lock(profile_name):
     return FileLock(build_dir(profile_name) / ".records.lock")
 
 
-def stage(profile_name, name, key, produce, module):
+def stage(profile, name, key, produce, module):
     """The folder of one published result, computed if it is not there.
 
     key: JSON-able parameters and digests of inputs. module: of deftlib, like "training.subset", whose code makes it:
@@ -73,12 +73,12 @@ def stage(profile_name, name, key, produce, module):
         raise StoreError("results are published by one process: run without accelerate launch or torchrun")
     key = {**key, **made_by(module)}
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
-    final = build_dir(profile_name) / f"{name}-{short}"
+    final = build_dir(profile.name) / f"{name}-{short}"
     if (final / MANIFEST).is_file():
         read_manifest(final)  # a result that was cut or lost a file is refused, not reused
     else:
         _publish(final, name, key, produce, module)
-    USED.setdefault(profile_name, {})[str(final.relative_to(build_dir(profile_name)))] = final
+    USED.setdefault(profile.label, {})[str(final.relative_to(build_dir(profile.name)))] = final
     return final
 
 
@@ -95,6 +95,8 @@ def _publish(final, name, key, produce, module):
         produce(work)
         seconds = time.perf_counter() - start
         _refuse_edited(name, module)
+        if not work.is_dir():
+            raise StoreError(f"{work} was deleted while it was filled: run again")
         _write_manifest(work, {"name": name, "key": key, "seconds": round(seconds, 2), **provenance()})
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
@@ -102,11 +104,11 @@ def _publish(final, name, key, produce, module):
 
 
 def _refuse_edited(name, module):
-    """Raises StoreError if the files of that code are no longer what was imported."""
-    edited = edited_since_import(module)
-    if edited:
+    """Raises StoreError if that code, or a package it works with, is no longer what this process imported."""
+    changed = edited_since_import(module) + upgraded_since_import(module)
+    if changed:
         raise StoreError(
-            f"{', '.join(edited)} changed since this process imported it, so {name} would be published as the work of "
+            f"{', '.join(changed)} changed since this process imported it, so {name} would be published as the work of "
             "other code than made it: run again (in Jupyter, restart the kernel)"
         )
 
@@ -164,16 +166,25 @@ class Kept:
             kept.add(question, {"answer": ask(question)})
         kept[question]["answer"]
 
-    A question is anything JSON can hold. A last line that a kill cut short is dropped; several threads may add.
+    A question is anything JSON can hold. A last line that a kill cut short is dropped; threads and processes may add.
     """
 
     def __init__(self, path):
         self.path, self._lock = Path(path), threading.Lock()
+        self._others = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
+        whole, rest = self._lines()
+        if rest:
+            with explained(self.path), self._others:  # unless another process was just writing it
+                whole, rest = self._lines()
+                if rest:
+                    write_atomic(self.path, "".join(whole))
+        self._entries = {entry["key"]: entry for entry in map(json.loads, whole)}
+
+    def _lines(self):
+        """(whole lines, [a last one that was cut short])."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            write_atomic(self.path, "".join(whole))
-        self._entries = {entry["key"]: entry for entry in map(json.loads, whole)}
+        return whole, lines[len(whole) :]
 
     def __len__(self):
         return len(self._entries)
@@ -189,7 +200,7 @@ class Kept:
         entry = {"key": content_key(question), **entry}
         with self._lock, explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with self._others, open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             self._entries[entry["key"]] = entry
 
@@ -226,16 +237,22 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def used(profile_name):
-    """{stage: its provenance and seconds} of every result this process asked for, in the order it did."""
+def used(profile):
+    """{name: provenance and seconds} of every result this process asked for, in the order it did.
+
+    A name is the folder's and, after @, 8 digits of its manifest: made anew under the same key, it is another result.
+    """
     shown = ("created", "seconds", "git", "python", "packages", "device", "cores", "threads")
-    manifests = {name: read_manifest(folder) for name, folder in USED.get(profile_name, {}).items()}
-    return {name: {field: manifest.get(field) for field in shown} for name, manifest in manifests.items()}
+    manifests = {name: read_manifest(folder) for name, folder in USED.get(profile.label, {}).items()}
+    return {
+        f"{name}@{content_key(manifest)[:8]}": {field: manifest.get(field) for field in shown}
+        for name, manifest in manifests.items()
+    }
 
 
-def timings(profile_name):
+def timings(profile):
     """[(stage name, seconds)] of every result this process rests on, in the order it asked for them."""
-    manifests = [read_manifest(folder) for folder in USED.get(profile_name, {}).values()]
+    manifests = [read_manifest(folder) for folder in USED.get(profile.label, {}).values()]
     return [(manifest["name"], manifest["seconds"]) for manifest in manifests]
 
 

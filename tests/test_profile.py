@@ -1,6 +1,7 @@
 """Profiles: four sizes of one experiment, every key typed, every mistake answered with the nearest valid name."""
 
 import argparse
+import dataclasses
 import re
 import shlex
 
@@ -147,9 +148,9 @@ def test_changes_are_what_the_file_does_not_say_and_give_the_same_profile_again(
         "seeds": [0, 1],
     }
     changed = Profile.load("mini", overrides)
-    assert changed.changes() == {"data.shares.policy": 0.5, "grading.top": 10.0, "training.dpo.learning_rate": 1e-6}
-    assert Profile.load("mini", changed.changes()) == changed
-    assert Profile.load("mini").changes() == {}
+    assert changed.changes == {"data.shares.policy": 0.5, "grading.top": 10.0, "training.dpo.learning_rate": 1e-6}
+    assert Profile.load("mini", changed.changes) == changed
+    assert Profile.load("mini").changes == {}
 
 
 def test_the_options_of_a_command_give_the_same_profile_again():
@@ -164,6 +165,41 @@ def test_the_options_of_a_command_give_the_same_profile_again():
     profile_module.add_options(parser)
     assert Profile.from_options(parser.parse_args(shlex.split(changed.options))) == changed
     assert Profile.load("mini").options == "--profile mini"
+
+
+def test_an_edit_of_the_file_while_a_run_goes_on_changes_no_label(tmp_path, monkeypatch):
+    (tmp_path / "mini.yaml").write_text((profile_module.FOLDER / "mini.yaml").read_text())
+    monkeypatch.setattr(profile_module, "FOLDER", tmp_path)
+    plain, other = Profile.load("mini"), Profile.load("mini", {"grading.top": 10})
+    label = other.label
+    text = (tmp_path / "mini.yaml").read_text()
+    (tmp_path / "mini.yaml").write_text(text.replace("top: 25", "top: 10"))
+    assert (plain.label, plain.changes, other.label) == ("mini", {}, label)
+    assert Profile.load("mini").digest() == other.digest() != plain.digest()
+
+
+def test_a_profile_for_a_part_of_the_work_keeps_the_label_of_the_whole():
+    whole = Profile.load("mini", {"grading.top": 10})
+    part = dataclasses.replace(whole, seeds=[5])
+    assert part.label == whole.label and part.options == whole.options and part.digest() != whole.digest()
+
+
+@pytest.mark.parametrize("text", ["data={source: my.jsonl}", "data.source=my.jsonl"])
+def test_a_source_is_meant_from_where_the_command_was_typed(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").touch()
+    parser = argparse.ArgumentParser()
+    profile_module.add_options(parser)
+    profile = Profile.from_options(parser.parse_args(["--set", text]))
+    assert profile.data.source == str(tmp_path / "my.jsonl") and profile.data.format == "auto"
+
+
+def test_a_text_of_several_lines_fits_one_line():
+    changed = Profile.load("mini", {"training.sr_prefix": 'One.\nTwo: "three".'})
+    assert (
+        "\n" not in changed.options
+        and Profile.load("mini", dict([Profile.override(shlex.split(changed.options)[-1])])) == changed
+    )
 
 
 def test_a_label_reads_what_differs_and_fits_a_file_system():

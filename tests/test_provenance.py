@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from deftlib.profile import Profile
 from deftlib.provenance import code_digest, made_by, meaning, packages_of
 from deftlib.store import StoreError
 
+P = SimpleNamespace(name="p", label="p")  # all that a stage asks of a profile
 HOUSE = Path(deftlib.__file__).parent
 
 
@@ -43,7 +45,7 @@ def forget():
 
 
 def stage(module="training.train", produce=lambda folder: None):
-    return store.stage("p", "thing", {}, produce, module)
+    return store.stage(P, "thing", {}, produce, module)
 
 
 # ---- code ----------------------------------------------------------------------------------------------------------
@@ -73,6 +75,7 @@ def test_code_edited_while_a_run_goes_on_is_not_published_under_the_edited_codes
 import sys
 sys.path.insert(0, {str(house.parent)!r})
 from pathlib import Path
+from types import SimpleNamespace
 from deftlib import store
 losses = Path({str(house)!r}) / "method" / "losses.py"
 def produce(folder):
@@ -81,7 +84,7 @@ def produce(folder):
     if sys.argv[1] == "comment":
         losses.write_text(losses.read_text() + "\\n# a word more\\n")
     (folder / "result.txt").write_text("made")
-print(store.stage("p", "thing", {{}}, produce, "training.train"))
+print(store.stage(SimpleNamespace(name="p", label="p"), "thing", {{}}, produce, "training.train"))
 """
     run = lambda how: subprocess.run(
         [sys.executable, "-c", script, how],
@@ -127,6 +130,7 @@ def test_an_upgrade_makes_another_result(monkeypatch):
     before, of_lists = stage(), stage("preferences.lists")
     installed = provenance.version
     monkeypatch.setattr(provenance, "version", lambda name: "99.0" if name == "accelerate" else installed(name))
+    monkeypatch.setattr(store, "upgraded_since_import", lambda module: [])
     assert stage() != before and stage("preferences.lists") == of_lists
     assert store.read_manifest(stage())["key"]["packages"]["accelerate"] == "99.0"
 
@@ -192,3 +196,19 @@ def test_an_upgrade_while_a_process_runs_is_not_taken_for_what_it_imported(monke
     before = made_by("training.train")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
     assert made_by("training.train") == before
+    with pytest.raises(StoreError, match=r"accelerate, .*torch.* changed since this process imported it"):
+        stage(produce=lambda folder: pytest.fail("worked in vain"))
+
+
+def test_a_file_that_git_does_not_know_makes_deftlib_dirty_and_nothing_else(monkeypatch, tmp_path):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+    (tmp_path / "deftlib").mkdir()
+    (tmp_path / "deftlib" / "__init__.py").touch()
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=n", "-c", "user.email=e@e", "commit", "-qm", "first")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "deftlib")
+    (tmp_path / "notes.txt").touch()
+    assert provenance.provenance()["git"]["dirty"] is False
+    (tmp_path / "deftlib" / "losses.py").touch()
+    assert provenance.provenance()["git"]["dirty"] is True

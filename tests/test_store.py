@@ -5,7 +5,10 @@ import errno
 import json
 import os
 import re
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +16,7 @@ from deftlib import store
 from deftlib.provenance import made_by
 from deftlib.store import StoreError
 
+P = SimpleNamespace(name="p", label="p")  # all that a stage asks of a profile
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -33,7 +37,7 @@ def producing(text, calls=None):
 
 
 def stage(name, key, produce, module="method.grading"):
-    return store.stage("p", name, key, produce, module)
+    return store.stage(P, name, key, produce, module)
 
 
 def publish(text="first", number=1):
@@ -225,6 +229,31 @@ def test_the_digest_of_a_folder_is_that_of_its_content():
     assert store.digest(same) == store.digest(alike) != store.digest(other)
 
 
+def test_a_folder_deleted_while_it_is_filled_is_no_empty_result():
+    def produce(folder):
+        shutil.rmtree(folder)  # make clean, in another terminal
+
+    with pytest.raises(StoreError, match=r"thing-\w+.partial was deleted while it was filled: run again"):
+        stage("kind/thing", {}, produce)
+    assert not list((store.ROOT / "build").rglob(store.MANIFEST))
+
+
+def test_a_line_that_another_process_is_just_writing_is_not_cut_away(tmp_path):
+    kept = store.Kept(tmp_path / "kept.jsonl")
+    kept.add("one", {"answer": 1})
+    with kept._others:  # the other process holds the lock while half of its line is there
+        with open(kept.path, "a") as file:
+            file.write('{"key": "hal')
+        with ThreadPoolExecutor(1) as pool:
+            opened = pool.submit(store.Kept, kept.path)
+            time.sleep(0.3)
+            with open(kept.path, "a") as file:
+                file.write('f"}\n')
+            kept._others.release()
+            assert len(opened.result()) == 2
+            kept._others.acquire()
+
+
 def test_timings_list_what_this_process_asked_for_and_nothing_that_merely_lies_there(root, monkeypatch):
     for number in (1, 2, 3):
         folder = stage(f"step {number}", {}, producing("x"))
@@ -233,7 +262,7 @@ def test_timings_list_what_this_process_asked_for_and_nothing_that_merely_lies_t
     monkeypatch.setattr(store, "USED", {})  # another process
     for number in (3, 1, 3):
         stage(f"step {number}", {}, producing("x"))
-    assert store.timings("p") == [("step 3", 3), ("step 1", 1)]
+    assert store.timings(P) == [("step 3", 3), ("step 1", 1)]
 
 
 def test_a_stage_that_failed_is_none_of_the_results_a_process_rests_on(monkeypatch):
@@ -241,7 +270,7 @@ def test_a_stage_that_failed_is_none_of_the_results_a_process_rests_on(monkeypat
     with pytest.raises(ZeroDivisionError):
         stage("kind/broken", {}, lambda folder: 1 / 0)
     publish()
-    assert [name for name, _ in store.timings("p")] == ["kind/thing"]
+    assert [name for name, _ in store.timings(P)] == ["kind/thing"]
 
 
 # ---- kept answers --------------------------------------------------------------------------------------------------

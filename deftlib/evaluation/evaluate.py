@@ -58,7 +58,7 @@ def replies(profile, policy, parts, r_eval, seed=0):
         frame.to_parquet(folder / "replies.parquet")
 
     name = f"replies/{generation.name_of(policy)}" + ("" if f"seed{seed}" in str(policy) else f"-seed{seed}")
-    return pd.read_parquet(store.stage(profile.name, name, key, produce, "evaluation.evaluate") / "replies.parquet")
+    return pd.read_parquet(store.stage(profile, name, key, produce, "evaluation.evaluate") / "replies.parquet")
 
 
 def divergence(profile, policy, reference, frame):
@@ -76,7 +76,7 @@ def divergence(profile, policy, reference, frame):
         np.save(folder / "kl.npy", values)
 
     name = f"kl/{generation.name_of(policy)}-from-{generation.name_of(reference)}"
-    return np.load(store.stage(profile.name, name, key, produce, "evaluation.evaluate") / "kl.npy")
+    return np.load(store.stage(profile, name, key, produce, "evaluation.evaluate") / "kl.npy")
 
 
 def likelihood_name(profile):

@@ -171,7 +171,7 @@ def answers(profile, bench, policy, seed=0):
                 row = {"question_id": question["question_id"], "model_id": name, "cut": cut}
                 file.write(json.dumps({**row, "choices": [{"index": 0, "turns": turns}]}) + "\n")
 
-    folder = store.stage(profile.name, f"mt_bench/answers-{name}", key, produce, "evaluation.mt_bench")
+    folder = store.stage(profile, f"mt_bench/answers-{name}", key, produce, "evaluation.mt_bench")
     rows = []
     for question, row in zip(bench.questions, _lines(folder / "model_answer.jsonl")):
         for turn, (answer, cut) in enumerate(zip(row["choices"][0]["turns"], row["cut"]), start=1):

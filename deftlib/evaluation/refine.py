@@ -47,7 +47,10 @@ def references(profile, parts):
     who, refiner = _refiner(profile), profile.evaluation.refiner
     test_part = parts / "test.parquet"
     key = {"refiner": [who, endpoint.without_password(refiner.url)], "prompt": PROMPT, "test": store.digest(test_part)}
-    key |= {"world": mini_world.digest()} if who == WORLD else {"max_tokens": MAX_TOKENS}
+    if who == WORLD:
+        key["world"] = mini_world.digest()
+    else:  # under a stricter share it is made again, of the answers kept
+        key |= {"max_tokens": MAX_TOKENS, "max_reject_share": profile.data.max_reject_share}
 
     def produce(folder):
         test = read_lists(test_part)
@@ -65,7 +68,7 @@ def references(profile, parts):
         frame.to_parquet(folder / "references.parquet")
         (folder / "README.md").write_text(_card(profile, who, versions, frame, len(rejects)), encoding="utf-8")
 
-    return store.stage(profile.name, "refined", key, produce, "evaluation.refine")
+    return store.stage(profile, "refined", key, produce, "evaluation.refine")
 
 
 def refiner_name(profile):

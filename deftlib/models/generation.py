@@ -22,7 +22,7 @@ NEXT_TURN = re.compile(r"\s*(human|assistant):", re.IGNORECASE)
 
 
 def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="generating"):
-    """`settings.samples` replies of a policy to each prompt, [[reply, ...], ...], once per (policy, prompt, settings).
+    """`settings.samples` replies of a policy to each prompt, [[reply, ...], ...], once per (policy, prompts, settings).
 
     text, settings: the profile's `text` and `generation` unless given. What was said before is read from
     `build/<profile>/kept/`, without loading the model where nothing is missing. Raises EndpointError if a server fails.
@@ -32,10 +32,11 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
         said = endpoint.replies_from(policy, prompts, settings, endpoint.kept_file(profile.name, policy), seed)
         return [[first_turn(reply) for reply in samples] for samples in said]
     spoken = {"policy": policies.identity(policy), "dtype": profile.policy.dtype, "text": vars(text), "seed": seed}
+    questions = numbered(prompts)
     spoken |= {"settings": vars(settings), **made_by("models.generation")}
+    spoken["asked"] = questions  # all of them: who shares a batch with whom decides what is sampled
     name = f"replies-{name_of(policy)}-{store.content_key(spoken)}.jsonl"
     kept = store.Kept(store.build_dir(profile.name) / "kept" / name)
-    questions = numbered(prompts)
     if not all(question in kept for question in questions):
         model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
         return generate(model, tokenizer, prompts, text, settings, seed, label, kept)
@@ -79,6 +80,7 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
             said[i] = [first_turn(reply) for reply in decoded[k * settings.samples : (k + 1) * settings.samples]]
             if kept is not None and questions[i] not in kept:
                 kept.add(questions[i], {"replies": said[i], "seconds": round(seconds, 4)})
+            said[i] = kept[questions[i]]["replies"] if kept is not None else said[i]
     return said
 
 

@@ -45,6 +45,7 @@ def arguments(folder, *, epochs, learning_rate, batch_size, seed, save_steps=0, 
         "bf16": False,  # TRL's configs default to bf16 and checkpointing, on CPU too
         "gradient_checkpointing": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),  # on Apple silicon too; and bf16 there has to be told before
         **more,
     }
 

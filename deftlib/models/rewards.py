@@ -147,7 +147,7 @@ def reward_model(profile, which, parts):
     key = {"spec": vars(spec), "start": _identity_of(spec, start, profile)}
     key |= {"lists": store.digest(own), "dev": store.digest(dev)}
     produce = lambda folder: _train(profile, which, start, read_lists(own), read_lists(dev), folder)
-    return store.stage(profile.name, f"rewards/{which}", key, produce, "models.rewards")
+    return store.stage(profile, f"rewards/{which}", key, produce, "models.rewards")
 
 
 def accuracy(path):

@@ -122,16 +122,17 @@ def cell_of(sources, function, *names):
 def page(profile, parts, recorded):
     """The text of claims.md: one row for each part, tested or not.
 
-    recorded: {part name: {"ours": [mean, low, high, n] or None, "note", "notebook", "command", "seconds", "created"}},
-    as `report.save_claim` keeps them.
+    recorded: {part name: {"ours": [mean, low, high, n] or None, "note", "notebook", "command", "settings", "seconds",
+    "created"}}, as `report.save_claim` keeps them.
     """
+    recorded = {name: record if _is_of(profile, record) else _outdated(record) for name, record in recorded.items()}
     is_mini = profile.data.source == "mini"
     cells = {name: code_cells(name) for name in {record["notebook"] for record in recorded.values()}}
     rows = [_row(part, recorded.get(part.name), "code" if is_mini else "paper", cells) for part in parts]
     counts = Counter(_said(part, recorded.get(part.name)) for part in parts)
     order = (REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_TESTED)
     paragraphs = [
-        f"# Claims of the paper, profile {profile.name}" + ": a verdict on the code, never on the paper" * is_mini,
+        f"# Claims of the paper, profile {profile.label}" + ": a verdict on the code, never on the paper" * is_mini,
         f"{profile.about[0].upper()}{profile.about[1:]}.",
         f"Of {len(rows)} parts: " + ", ".join(f"{counts[said]} {said}" for said in order) + ".",
         RULE + " " + (POINTS_OF_MINI if is_mini else POINTS),
@@ -155,6 +156,15 @@ NOT_PUBLIC = (
     "The final version's 8 tables and 10 equations are not public: its claims come from the abstract, the captions and "
     "second-hand summaries. What was done differently here: [differences.md](differences.md)."
 )
+
+
+def _is_of(profile, record):
+    """Whether it was recorded under these settings; older records do not tell."""
+    return record.get("settings", profile.digest()) == profile.digest()
+
+
+def _outdated(record):
+    return {**record, "ours": None, "note": "recorded before the profile's file was edited: run its notebook again"}
 
 
 def _said(part, record):

@@ -99,12 +99,13 @@ def style():
     )
 
 
-def save_table(profile, name, frame, title, notebook, best=None, seeds=None):
+def save_table(profile, name, frame, title, notebook, best=None, seeds=None, options=""):
     """Write a DataFrame as CSV, Markdown and LaTeX to `figures/<profile>/`; numbers keep full precision in the CSV.
 
     best: {column of the frame: "highest" or "lowest"}; in Markdown and LaTeX the best number of that column is bold and
     the second best underlined, over all rows, as in the paper's Table 2. Numbers that print alike share their mark;
     text and NaN (printed as –) have none. seeds: those behind it, for its provenance; the profile's unless given.
+    options: of the command that made it, beside the profile's.
     Columns and rows may have levels, like (subset, metric). Raises ValueError for another column or rule.
     """
     folder, text = _folder(profile), _as_text(frame)
@@ -113,7 +114,7 @@ def save_table(profile, name, frame, title, notebook, best=None, seeds=None):
     store.write_atomic(folder / f"{name}.csv", flat.to_csv())
     store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{_markdown(text, marks)}\n")
     store.write_atomic(folder / f"{name}.tex", _latex(text, marks, title, f"tab:{name}"))
-    _record(profile, name, title, notebook, seeds)
+    _record(profile, name, title, notebook, seeds, options)
 
 
 def _as_text(frame):
@@ -255,9 +256,9 @@ def save_claim(profile, claim, ours, notebook, part="", note=""):
     name = claims.find(parts, claim, part).name
     if ours is None and not note:
         raise ValueError(f"{name} was not tested: say why in `note`")
-    path, stages, drawn = _folder(profile) / "claims.json", store.used(profile.name), provenance()
+    path, stages, drawn = _folder(profile) / "claims.json", store.used(profile), provenance()
     record = {"ours": ours and [float(end) for end in ours[:3]] + [int(ours.n)], "note": note}
-    record |= {"notebook": notebook, "command": _command(profile, notebook)}
+    record |= {"notebook": notebook, "command": _command(profile, notebook), "settings": profile.digest()}
     record |= {"seconds": sum(stage["seconds"] for stage in stages.values()), "stages": list(stages)}
     newest = max([stage["created"] for stage in stages.values()], default=drawn["created"])
     record |= {"created": newest, "drawn": drawn}
@@ -287,17 +288,21 @@ def _folder(profile):
     return store.figures_dir(profile.label)
 
 
-def _command(profile, maker):
+def _command(profile, maker, options=""):
     """How to make it again: the notebook of that name, or the command."""
     if (store.ROOT / "notebooks" / f"{maker}.ipynb").is_file():
         return f"deft run notebooks/{maker}.ipynb {profile.options}"
-    return f"deft {maker.replace('_', '-')} {profile.options}"
+    return f"deft {maker.replace('_', '-')} {profile.options} {options}".rstrip()
 
 
-def _record(profile, name, title, notebook, seeds):
+def _record(profile, name, title, notebook, seeds, options=""):
     """Add to `provenance.json` what made this table or figure: its stages are those that were asked for by then."""
-    made = {"title": title, "notebook": notebook, "command": _command(profile, notebook)}
-    made |= {"seeds": profile.seeds if seeds is None else seeds, "stages": list(store.used(profile.name))}
+    made = {"title": title, "notebook": notebook, "command": _command(profile, notebook, options)}
+    made |= {
+        "settings": profile.digest(),
+        "seeds": profile.seeds if seeds is None else seeds,
+        "stages": list(store.used(profile)),
+    }
     with store.records_lock(profile.name):
         _write_provenance(profile, {name: made | {"drawn": provenance()}})
 
@@ -305,15 +310,17 @@ def _record(profile, name, title, notebook, seeds):
 def _write_provenance(profile, added):
     """Write `provenance.json`, and `profile.yaml` beside it, with these artefacts added. Hold the records' lock.
 
-    {"artefacts": {name: title, notebook, command, seeds, stages by name, drawn: the provenance of the drawing itself},
-    "stages": {name: commit, packages, device, seconds and time of each stage that an artefact or a claim rests on}}.
+    {"settings": digest of those in profile.yaml, "artefacts": {name: title, notebook, command, settings (the digest of
+    its own: another one, where the profile's file was edited since), seeds, stages by name, drawn: the provenance of
+    the drawing itself}, "stages": {name: commit, packages, device, seconds and time of each that one of them or a claim
+    rests on}}.
     """
     path = _folder(profile) / "provenance.json"
     known, claimed = recorded_provenance(path), recorded_claims(path.with_name("claims.json"))
     artefacts = known["artefacts"] | added
     needed = {stage for each in [*artefacts.values(), *claimed.values()] for stage in each["stages"]}
-    stages = known["stages"] | store.used(profile.name)
-    record = {"artefacts": dict(sorted(artefacts.items()))}
+    stages = known["stages"] | store.used(profile)
+    record = {"settings": profile.digest(), "artefacts": dict(sorted(artefacts.items()))}
     record["stages"] = {stage: stages[stage] for stage in sorted(needed & stages.keys())}
     store.write_atomic(path, json.dumps(record, indent=1) + "\n")
     store.write_atomic(path.with_name("profile.yaml"), f"{profile}\n")
@@ -340,6 +347,8 @@ def _commit(record):
 
 
 def recorded_provenance(path):
-    """What a `provenance.json` holds: artefacts and stages, both empty if there is none."""
+    """What a `provenance.json` holds: settings, artefacts and stages; empty ones if there is none."""
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return recorded if "artefacts" in recorded else {"artefacts": {}, "stages": {}}  # older ones held no stages
+    if "artefacts" not in recorded:  # older ones held no stages
+        return {"settings": "", "artefacts": {}, "stages": {}}
+    return recorded

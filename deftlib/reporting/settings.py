@@ -12,7 +12,7 @@ from deftlib.profile import Profile, ProfileError, one_line
 
 
 def shown(profile, *names):
-    """What a notebook's second cell ends with: `Settings`, which show themselves.
+    """What a notebook's second cell ends with: `Shown`, which shows itself.
 
     names: of sections or settings. Raises ProfileError for a name that no setting has.
     """
@@ -20,8 +20,9 @@ def shown(profile, *names):
     read = {name: [key for key in every if key == name or key.startswith(f"{name}.")] for name in names}
     for name, keys in read.items():
         if not keys:
-            raise ProfileError(f"no setting {name!r} in a profile: a section is one of {', '.join(vars(profile))}")
-    return Settings(profile, [key for key in every if any(key in keys for keys in read.values())])
+            sections = dict.fromkeys(key.partition(".")[0] for key in every)
+            raise ProfileError(f"no setting {name!r} in a profile: a section is one of {', '.join(sections)}")
+    return Shown(profile, [key for key in every if any(key in keys for keys in read.values())])
 
 
 def in_one_line(profile):
@@ -35,14 +36,14 @@ def in_one_line(profile):
     )
 
 
-class Settings:
+class Shown:
     """Some settings of a profile; those that overrides changed are marked, whether this notebook reads them or not."""
 
     def __init__(self, profile, keys):
         self.line = in_one_line(profile)
         self.values = {key: one_line(value) for key, value in profile.settings().items()}
         plain = Profile.load(profile.name).settings()
-        self.was = {k: f"{one_line(plain.get(k))} in {profile.name}.yaml" for k in profile.changes()}
+        self.was = {k: f"{one_line(plain.get(k))} in {profile.name}.yaml" for k in profile.changes}
         self.keys = keys
 
     def __repr__(self):

@@ -176,6 +176,8 @@ def _overview(figures, recorded, notebooks):
             cell = f"cell {cells[each]}" if cells[each] else name
             where = f'<a href="{_address(name, cells[each])}">{cell}</a>' if known else name
             rests_on = made_with([stages[stage] for stage in made[each]["stages"] if stage in stages])
+            if made[each].get("settings", recorded.get("settings")) != recorded.get("settings"):
+                rests_on = f"made before the profile's file was edited: run its notebook again. {rests_on}".rstrip()
             parts.append(_artefact(each, made[each]["title"], figures, where, rests_on, notebooks))
     return "\n".join(parts)
 

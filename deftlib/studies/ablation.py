@@ -212,7 +212,7 @@ def _published(profile, name, graded, choose, says, **more):
         (folder / "README.md").write_text(_data_card(profile, lists, says), encoding="utf-8")
 
     key = {"graded": store.digest(graded.folder), **more}
-    return store.stage(profile.name, f"lists/{name}", key, produce, "studies.ablation") / "lists.parquet"
+    return store.stage(profile, f"lists/{name}", key, produce, "studies.ablation") / "lists.parquet"
 
 
 def _data_card(profile, lists, says):

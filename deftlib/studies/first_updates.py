@@ -43,7 +43,8 @@ def measured(profile, method, data):
     key |= {"text": vars(TEXT), "size": [UPDATES, LISTS_PER_UPDATE], "training": profile.digest("training")}
     key |= {"dtype": profile.policy.dtype}
     if method.endswith("rloo"):
-        key["r_train"] = policies.identity(rewards.reward_model(short, "train", subset.parts(short)))
+        r_train, spec = rewards.reward_model(short, "train", subset.parts(short)), short.reward_models.train
+        key["r_train"] = [policies.identity(r_train), spec.text_format, spec.max_tokens]
 
     def produce(folder):
         tokenizer, vocab_size = policies.load_tokenizer(start), subset.vocabulary_size(start)
@@ -68,7 +69,7 @@ def measured(profile, method, data):
         (folder / "model.safetensors").unlink()  # half a gigabyte each, and of no use
 
     name = f"first-updates/{method}-{data}"
-    folder = store.stage(profile.name, name, key, produce, "studies.first_updates")
+    folder = store.stage(profile, name, key, produce, "studies.first_updates")
     return json.loads((folder / "measured.json").read_text())
 
 
@@ -119,7 +120,8 @@ def main(arguments=None):
         raise SystemExit(f"error: {error}") from error
     table = pd.DataFrame(rows).set_index(["method", "data"])
     title = f"{UPDATES} updates of every method on {profile.policy.source}"
-    report.save_table(profile, "table_first_updates", table, title, notebook="first_updates")
+    chosen = "" if args.methods == train.METHODS else "--methods " + " ".join(args.methods)
+    report.save_table(profile, "table_first_updates", table, title, notebook="first_updates", seeds=[0], options=chosen)
     print(table.to_string(float_format="{:.4g}".format))
     failed = table[~table["finite"] | (table["change"] == 0)]
     if len(failed):

@@ -43,6 +43,7 @@ def longer_lists(profile, server=None, seed=0):
     if server:
         name = _name(lists, server.model)
         writer = {"endpoint": endpoint.without_password(server.url), "model": server.model, **changes}
+        writer["max_reject_share"] = profile.data.max_reject_share  # under a stricter one, made again of answers kept
     else:
         name, policy = _name(lists, "sampled"), train.fit(profile, "sft", seed)
         writer = {"policy": policies.identity(policy), "dtype": profile.policy.dtype}
@@ -77,7 +78,7 @@ def longer_lists(profile, server=None, seed=0):
         (folder / "summary.json").write_text(json.dumps(record, indent=1))
         (folder / "README.md").write_text(_card(profile, record), encoding="utf-8")
 
-    return store.stage(profile.name, name, key, produce, "training.extend")
+    return store.stage(profile, name, key, produce, "training.extend")
 
 
 def _name(lists, writer):

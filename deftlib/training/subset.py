@@ -77,7 +77,7 @@ def parts(profile):
             part = ranked_lists.sample(part, sizes[name]) if sizes.get(name) else part
             part.to_parquet(folder / f"{name}.parquet")
 
-    folder = store.stage(profile.name, "parts", key, produce, "training.subset")
+    folder = store.stage(profile, "parts", key, produce, "training.subset")
     _check_rejects(source, folder, data.max_reject_share)
     return folder
 
@@ -131,7 +131,7 @@ def scored(profile):
         rows = [best_first(row) for row in rows] if rank_by == "reward" else rows
         Dataset.from_list(rows, features=lists.features).to_parquet(folder / "lists.parquet")
 
-    return store.stage(profile.name, "scored", key, produce, "training.subset")
+    return store.stage(profile, "scored", key, produce, "training.subset")
 
 
 def best_first(row):
@@ -162,7 +162,7 @@ def graded(profile, grading):
         policy_part, counts, hidden = parts(profile) / "policy.parquet", counted(profile), response_hidden(profile)
         key |= {"lists": store.digest(policy_part), "counted": store.digest(counts), "hidden": store.digest(hidden)}
         produce = lambda folder: _grade_by_distribution(profile, policy_part, counts, hidden, folder)
-    return read_graded(store.stage(profile.name, f"graded/{grading}", key, produce, "training.subset"))
+    return read_graded(store.stage(profile, f"graded/{grading}", key, produce, "training.subset"))
 
 
 RULES = {"reward": ("top", "bottom"), "distribution": ("keep", "direction")}  # what each reads of `profile.grading`
@@ -209,7 +209,7 @@ def counted(profile):
         counts = count_lists(pool, pool_sides, tokenizer, vocabulary_size(start), profile.text)
         save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
 
-    return store.stage(profile.name, "counted", key, produce, "training.subset")
+    return store.stage(profile, "counted", key, produce, "training.subset")
 
 
 def count_lists(lists, list_sides, tokenizer, vocab_size, text):
@@ -253,7 +253,7 @@ def response_hidden(profile):
         arrays["lengths"] = [len(responses) for responses in lists["responses"]]
         np.savez(folder / "hidden.npz", **arrays)
 
-    return store.stage(profile.name, "hidden", key, produce, "training.subset")
+    return store.stage(profile, "hidden", key, produce, "training.subset")
 
 
 @torch.no_grad()

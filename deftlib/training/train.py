@@ -116,7 +116,7 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
     if omega is not None:
         suffix += f"-{omega.reading}{omega.value:g}" if hasattr(omega, "reading") else f"-omega{omega:g}"
     suffix += f"-{grading}" if is_deft and grading not in (None, training.gradings[0]) else ""
-    return store.stage(profile.name, f"policies/{method}{suffix}-seed{seed}", key, produce, "training.train")
+    return store.stage(profile, f"policies/{method}{suffix}-seed{seed}", key, produce, "training.train")
 
 
 def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
@@ -161,13 +161,14 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         logging_steps=training.log_steps,
         logging_first_step=True,
         bf16=training.bf16,
-        use_cpu=not torch.cuda.is_available(),  # transformers wants to be told before it allows bf16 there
         gradient_checkpointing=training.gradient_checkpointing,
     )
     common = {"model": model, "processing_class": tokenizer, "ratio_steps": training.ratio_steps}
     common["q_diff"] = subset.load_q_diff(q_diff_path, tokenizer)
     if base == "rloo":
-        args = RLOOConfig(**kwargs | _on_policy(profile, recipe) | more)
+        place = policies.origin(start)  # TRL loads the reference from there by itself
+        pinned = {"model_init_kwargs": {"revision": place["revision"]}} if "revision" in place else {}
+        args = RLOOConfig(**kwargs | _on_policy(profile, recipe) | pinned | more)
         common |= {"reward_funcs": _r_train_reward(profile), "text": profile.text}
         return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=lists.select_columns("prompt"), **common)
     kwargs |= more

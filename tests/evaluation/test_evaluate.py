@@ -49,7 +49,7 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     monkeypatch.setattr(rewards, "load_reward_model", lambda path: (None, None))
     monkeypatch.setattr(rewards, "score", score)
     monkeypatch.setattr(policies, "start_policy", lambda profile: policy)
-    parts = store.stage("mini", "parts", {}, produce, "training.subset")
+    parts = store.stage(Profile.load("mini"), "parts", {}, produce, "training.subset")
     profile = Profile.load("mini", {"data.source": "given", "generation": vars(SAMPLED), "text": vars(TEXT)})
     frame, again = (evaluate.replies(profile, policy, parts, "someone/r_eval") for _ in range(2))
     pd.testing.assert_frame_equal(frame, again)

@@ -130,6 +130,14 @@ def test_too_many_failures_publish_nothing_and_keep_what_was_answered(profile, s
     assert len(frame) == N and not rejects and len(server.bodies) == asked_before + 3
 
 
+def test_a_stricter_share_refuses_what_a_generous_one_let_pass(profile, serve):
+    server = serve(lambda body: "empty" if reference(body) in {"answer 3", "answer 4"} else "ok", reply=better)
+    _, _, rejects = refined(with_refiner(profile, server, max_reject_share=0.5))
+    assert len(rejects) == 2
+    with pytest.raises(EndpointError, match=r"^2 of 40 requests have no answer"):
+        refined(with_refiner(profile, server, max_reject_share=0.01))
+
+
 def test_a_server_that_dies_is_not_taken_for_a_few_failures(profile, serve):
     dying = serve(lambda body: "ok" if len(dying.bodies) <= 5 else "hang up", reply=better)
     with pytest.raises(EndpointError, match=r"not asked: 8 failures in a row"):

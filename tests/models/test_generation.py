@@ -1,6 +1,7 @@
 """What a policy says: generation against a loop by hand, where a reply ends, what is kept and what a server says."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_a_killed_run_goes_on_and_says_what_an_uninterrupted_one_would_have_said
     profile, folder = policy
     two_a_batch = dataclasses.replace(SAMPLED, batch_size=6)
     whole = generation.replies(profile, folder, PROMPTS, settings=two_a_batch)
-    (file,) = (store.ROOT / "build/mini/kept").iterdir()
+    (file,) = (store.ROOT / "build/mini/kept").glob("*.jsonl")
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3]) + lines[3][:10])  # killed in the middle of a line
     asked = []
@@ -139,9 +140,18 @@ def test_what_is_kept_needs_no_model(policy, monkeypatch):
     said = generation.replies(profile, folder, PROMPTS)
     monkeypatch.setattr(policies, "load_policy", lambda *args: pytest.fail("loaded"))
     assert generation.replies(profile, folder, PROMPTS) == said
-    assert generation.replies(profile, folder, PROMPTS[:2]) == said[:2]
+    with pytest.raises(pytest.fail.Exception, match="loaded"):  # other company in a batch, other samples
+        generation.replies(profile, folder, PROMPTS[:2])
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         generation.replies(profile, folder, PROMPTS, seed=1)
+
+
+def test_what_is_said_does_not_depend_on_what_was_asked_before(policy):
+    profile, folder = policy
+    fresh = generation.replies(profile, folder, PROMPTS)
+    shutil.rmtree(store.ROOT / "build")
+    generation.replies(profile, folder, PROMPTS[:3])  # say, under --set data.test_lists=3
+    assert generation.replies(profile, folder, PROMPTS) == fresh
 
 
 def test_equal_prompts_are_questions_of_their_own(policy):

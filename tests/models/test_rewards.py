@@ -211,7 +211,7 @@ def parts(tmp_path, monkeypatch):
         toy_lists(64, seed=0).to_parquet(folder / "reward_eval.parquet")
         toy_lists(40, seed=1).to_parquet(folder / "dev.parquet")
 
-    return store.stage("mini", "parts", {}, produce, "training.subset")
+    return store.stage(Profile.load("mini"), "parts", {}, produce, "training.subset")
 
 
 def test_a_reward_model_learns_a_separable_task_and_says_how_well(parts, monkeypatch):

@@ -1,6 +1,8 @@
 """Tables and figures arrive with their numbers and their provenance, byte-identical for identical data."""
 
+import dataclasses
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
@@ -47,10 +49,10 @@ def published(profile, name, commit, seconds, monkeypatch):
         "packages": {"torch": "1"},
     }
     monkeypatch.setattr(store, "provenance", lambda: provenance.provenance() | old | {"device": "CPU of old"})
-    folder = store.stage(profile.name, name, {}, lambda folder: None, "method.grading")
+    folder = store.stage(profile, name, {}, lambda folder: None, "method.grading")
     manifest = json.loads((folder / store.MANIFEST).read_text())
     (folder / store.MANIFEST).write_text(json.dumps({**manifest, "seconds": seconds}))
-    return str(folder.relative_to(store.build_dir(profile.name)))
+    return list(store.used(profile))[-1]
 
 
 def test_a_table_lists_the_stages_it_rests_on_with_what_made_them_and_not_the_moment_of_drawing(
@@ -68,6 +70,54 @@ def test_a_table_lists_the_stages_it_rests_on_with_what_made_them_and_not_the_mo
     assert (record["seconds"], record["created"]) == (75.0, "2026-01-02T03:04:05+00:00")
     line = report.made_with(list(recorded["stages"].values()))
     assert line.startswith("2 stages of 80 s; 2026-01-02; commit aaaaaaaaaa and commit bbbbbbbbbb; CPU of old")
+
+
+def test_a_stage_made_anew_under_its_key_does_not_take_the_place_of_the_one_a_table_rests_on(
+    profile, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "USED", {})
+    first = published(profile, "policies/sft", "a" * 40, 75.0, monkeypatch)
+    report.save_table(profile, "before", FRAME, title="A title", notebook="03_training")
+    shutil.rmtree(tmp_path / "build" / "mini" / "policies")
+    again = published(profile, "policies/sft", "b" * 40, 5.0, monkeypatch)
+    report.save_table(profile, "after", FRAME, title="A title", notebook="04_evaluation")
+    recorded = report.recorded_provenance(tmp_path / "mini/provenance.json")
+    assert first.partition("@")[0] == again.partition("@")[0] and first != again
+    assert [recorded["artefacts"][name]["stages"] for name in ("before", "after")] == [[first], [again]]
+    commits = [recorded["stages"][stage]["git"]["commit"] for stage in (first, again)]
+    assert commits == ["a" * 40, "b" * 40]
+
+
+def test_two_settings_in_one_process_rest_on_their_own_stages(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "USED", {})
+    other = Profile.load("mini", {"grading.top": 10})
+    theirs = published(other, "graded/reward", "a" * 40, 1.0, monkeypatch)
+    ours = published(profile, "policies/sft", "a" * 40, 1.0, monkeypatch)
+    report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
+    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["stages"]) == [ours] != [theirs]
+
+
+def test_what_was_recorded_before_the_profiles_file_was_edited_says_so_and_counts_for_nothing(
+    profile, tmp_path, monkeypatch
+):
+    report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
+    report.save_claim(profile, "data-volume", Interval(5.0, 1.0, 9.0, 20), "06_ablation")
+    edited = dataclasses.replace(profile, seeds=[7])  # as the file says by now
+    assert edited.label == "mini"
+    report.save_claim(edited, "training-time", Interval(2.0, 1.5, 2.5, 3), "04_evaluation")
+    recorded = report.recorded_provenance(tmp_path / "mini/provenance.json")
+    assert recorded["settings"] == edited.digest() != recorded["artefacts"]["table9"]["settings"]
+    page = (tmp_path / "mini/claims.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| data-volume |"))
+    assert "not tested: recorded before the profile's file was edited: run its notebook again" in row
+    report.save_claim(edited, "data-volume", Interval(5.0, 1.0, 9.0, 20), "06_ablation")
+    assert "recorded before" not in (tmp_path / "mini/claims.md").read_text()
+
+
+def test_a_table_of_a_command_says_its_own_options_too(profile, tmp_path):
+    report.save_table(profile, "t", FRAME, "A title", "first_updates", seeds=[0], options="--methods sft")
+    entry = report.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"]["t"]
+    assert entry["command"] == "deft first-updates --profile mini --methods sft" and entry["seeds"] == [0]
 
 
 def test_a_stage_that_nothing_rests_on_any_more_is_forgotten(profile, tmp_path, monkeypatch):

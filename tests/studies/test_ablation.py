@@ -42,7 +42,11 @@ def graded(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROOT", tmp_path)
     lists = Dataset.from_list(rows(), features=LISTS)
     folder = store.stage(
-        "mini", "graded/reward", {}, lambda folder: lists.to_parquet(folder / "lists.parquet"), "training.subset"
+        Profile.load("mini"),
+        "graded/reward",
+        {},
+        lambda folder: lists.to_parquet(folder / "lists.parquet"),
+        "training.subset",
     )
     found = subset.Graded(folder, lists, None, None, None)
     monkeypatch.setattr(subset, "graded", lambda profile, grading: found)
@@ -94,7 +98,11 @@ def test_a_larger_random_choice_contains_the_smaller(profile, graded, monkeypatc
     few = chosen(ablation.random_lists(profile, draw=1))
     more = Dataset.from_list([{**row, "level": "A" if i < 6 else "B"} for i, row in enumerate(rows())], features=LISTS)
     folder = store.stage(
-        "mini", "graded/more", {}, lambda folder: more.to_parquet(folder / "lists.parquet"), "training.subset"
+        Profile.load("mini"),
+        "graded/more",
+        {},
+        lambda folder: more.to_parquet(folder / "lists.parquet"),
+        "training.subset",
     )
     monkeypatch.setattr(subset, "graded", lambda *_: graded._replace(folder=folder, lists=more))
     assert set(few) < set(chosen(ablation.random_lists(profile, draw=1)))

@@ -43,6 +43,15 @@ def test_rloo_rests_on_its_reward_model_and_other_methods_do_not(key_of, hub):
     assert key_of("deft-rloo") != before and key_of("dpo") == of_dpo
 
 
+@pytest.mark.parametrize("setting", ["text_format", "max_tokens"])
+def test_rloo_rests_on_how_its_reward_model_reads(key_of, setting, monkeypatch):
+    before = key_of("rloo")
+    other = {"text_format": "oasst", "max_tokens": 77}[setting]
+    load = Profile.load
+    monkeypatch.setattr(Profile, "load", lambda name: load(name, {f"reward_models.train.{setting}": other}))
+    assert key_of("rloo") != before
+
+
 def test_the_ends_of_a_long_list_are_kept():
     replies = list("abcdefghij")
     assert first_updates._at_most(8, replies) == list("abcdefgj")

@@ -268,7 +268,7 @@ def test_answers_outlive_a_server_that_dies_midway(profile, serve, capsys):
     n_lists = len(scored_lists(profile))
     with pytest.raises(EndpointError, match=r"\(APIConnectionError: .* 11 answers are kept: run again for the rest"):
         extend.longer_lists(profile, chat(dying))
-    (cache,) = (store.build_dir("mini") / "kept").iterdir()
+    (cache,) = (store.build_dir("mini") / "kept").glob("*.jsonl")
     assert len(lines(cache)) == 11
     with open(cache, "a") as file:  # killed while it wrote
         file.write('{"key": "list-')
@@ -301,6 +301,8 @@ def test_too_many_failures_publish_nothing(profile, serve):
         extend.longer_lists(strict, chat(server))
     generous = Profile.load("mini", {"data": {**vars(profile.data), "max_reject_share": 0.2}})
     assert len(lines(extend.longer_lists(generous, chat(server)) / "rejects.jsonl")) == 3
+    with pytest.raises(EndpointError, match=r"^3 of \d+ requests have no answer"):  # what was generous is not reused
+        extend.longer_lists(strict, chat(server))
 
 
 def test_a_wrong_url_is_one_sentence(profile, serve):

@@ -97,7 +97,7 @@ def publish(monkeypatch):
             as_lists(rows).to_parquet(folder / "policy.parquet")
             as_lists(pool or rows).to_parquet(folder / "pool.parquet")
 
-        folder = store.stage("mini", "given", {"rows": rows, "pool": pool}, produce, "training.subset")
+        folder = store.stage(Profile.load("mini"), "given", {"rows": rows, "pool": pool}, produce, "training.subset")
         monkeypatch.setattr(subset, "scored", lambda profile: folder)
         monkeypatch.setattr(subset, "parts", lambda profile: folder)
 
