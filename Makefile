@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
 NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
 
-.PHONY: paper test report lab notebooks data clean help
+.PHONY: paper test report lab notebooks data statistics clean help
 .DELETE_ON_ERROR:
 
 # Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
@@ -64,6 +64,10 @@ notebooks: $(READY)
 
 data: $(READY)
 	$(BIN)/deft mini-world
+	$(BIN)/deft mini-start
+
+statistics: $(READY)
+	$(BIN)/deft statistics
 
 clean:
 	rm -rf build figures/mini figures/mini,*

@@ -177,6 +177,7 @@ class Evaluation:
     bart: str = ""  # BARTScore's model, facebook/bart-large-cnn; empty: the start policy's log-likelihood, named so
     refiner: Endpoint = field(default_factory=Endpoint)  # rewrites the references, anonymous Fig. 2
     human_prompts: int = 125  # per subset, sec. 4.3
+    preference_lists: int = 0  # held-out lists on which a policy's preference accuracy is measured; 0 = all of dev
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,15 @@ class Ablation:
     tops: list[float] = field(default_factory=list)  # a: level A in per cent, which is also the data volume
     bottoms: list[float] = field(default_factory=list)  # c: level C in per cent
     lengths: list[int] = field(default_factory=list)  # l: responses a list
+
+
+@dataclass(frozen=True)
+class Filtering:
+    """Which lists carry the most preference information: `studies.filtering`."""
+
+    features: str = "policy"  # what the small preference model reads: a source of `models.features`
+    shares: list[float] = field(default_factory=lambda: [5.0, 10.0, 50.0])  # kept, in per cent, beside grading.keep
+    draws: int = 20  # each of half of the lists
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,7 @@ class Settings:
     mt_bench: MTBench = field(default_factory=MTBench)
     ablation: Ablation = field(default_factory=Ablation)
     comparison: Comparison = field(default_factory=Comparison)
+    filtering: Filtering = field(default_factory=Filtering)
 
     def digest(self, *sections):
         """12 hex digits over the named sections (all, if none): part of the key of a published result."""

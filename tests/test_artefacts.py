@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from deftlib.profile import Profile
-from deftlib.reporting import claims, report
+from deftlib.reporting import claims, claims_page, records
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 MODULES = {"first_updates": "studies"}  # commands that save something themselves, and their room
 MEASURED = [path for path in sorted((ROOT / "figures").glob("*")) if path.name in ("smol", "gpu", "paper")]
-PARTS = claims.parts(report.published())
+PARTS = claims.parts(records.published())
 SAVERS = {"save_table": ("csv", "md", "tex"), "save_figure": ("csv", "pdf", "png"), "save_claim": ()}
 # Of no single cell; run.md says how a run was made elsewhere.
-BESIDE = {"claims.json", "claims.md", "differences.md", "profile.yaml", "provenance.json", "run.md"}
+BESIDE = {"claims.json", "claims.parquet", "claims.md", "differences.md", "profile.yaml", "provenance.json", "run.md"}
 
 # What both versions of the paper show, and the one name it has here.
 OF_THE_PAPER = {
@@ -52,7 +52,7 @@ def calls(source):
 
 
 def saved_in(notebook):
-    return [call for source in claims.code_cells(notebook) for call in calls(source)]
+    return [call for source in claims_page.code_cells(notebook) for call in calls(source)]
 
 
 def saved_by(module):
@@ -100,7 +100,7 @@ def test_what_the_paper_shows_has_a_cell_that_makes_it(shown, name):
 
 @pytest.mark.parametrize("part", PARTS, ids=[part.name for part in PARTS])
 def test_every_part_of_every_claim_has_a_cell_that_records_it_in_one_notebook(part):
-    named = [claims.cell_of(claims.code_cells(n), "save_claim", part.claim, part.part) for n in NOTEBOOKS]
+    named = [claims_page.cell_of(claims_page.code_cells(n), "save_claim", part.claim, part.part) for n in NOTEBOOKS]
     assert sum(number is not None for number in named) == 1, dict(zip(NOTEBOOKS, named))
 
 
@@ -116,7 +116,7 @@ def test_every_committed_file_has_a_cell_that_makes_it(folder):
 
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
 def test_a_committed_table_or_figure_is_whole_and_has_its_provenance(folder):
-    recorded = report.recorded_provenance(folder / "provenance.json")
+    recorded = records.recorded_provenance(folder / "provenance.json")
     provenance, stages = recorded["artefacts"], recorded["stages"]
     kinds = {name: SAVERS[f] for f in SAVERS if SAVERS[f] for name, _ in makers(f)}
     stems = {path.stem for path in folder.iterdir() if path.name not in BESIDE}
@@ -132,6 +132,6 @@ def test_a_committed_table_or_figure_is_whole_and_has_its_provenance(folder):
 @pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
 def test_the_committed_pages_are_those_of_the_committed_claims(folder):
     """After an edit that moves cells or rewords a claim: `report.write_claims(Profile.load("smol"))`."""
-    profile, recorded = Profile.load(folder.name), report.recorded_claims(folder / "claims.json")
-    assert (folder / "claims.md").read_text() == claims.page(profile, PARTS, recorded)
-    assert (folder / "differences.md").read_text() == claims.differences(profile)
+    profile, recorded = Profile.load(folder.name), records.recorded_claims(folder / "claims.json")
+    assert (folder / "claims.md").read_text() == claims_page.page(profile, PARTS, recorded)
+    assert (folder / "differences.md").read_text() == claims_page.differences(profile)

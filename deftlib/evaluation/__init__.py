@@ -1,5 +1,7 @@
 """How good the replies of a policy are: by reward model, by text scores, by a judge, by people.
 
+    judge_tests    reward models on human-labelled pairs from elsewhere
+    preference     what the humans said: how often a policy ranks held-out pairs as they did
     human_eval     blind pairs, the page on which people rate them, win rates and agreement
     refine         reference answers rewritten by a stronger model
     mt_bench       MT-Bench: asks the judge (through `models.endpoint`), reads and averages its ratings

@@ -9,8 +9,8 @@ import pandas as pd
 
 from deftlib import store
 from deftlib.evaluation import metrics
-from deftlib.intervals import bootstrap_interval, paired_bootstrap
-from deftlib.models import generation, policies, rewards
+from deftlib.intervals import mean_interval, paired_interval
+from deftlib.models import generation, policies
 from deftlib.preferences import mini_world
 from deftlib.preferences.lists import read_lists
 
@@ -18,16 +18,16 @@ from deftlib.preferences.lists import read_lists
 def replies(profile, policy, parts, r_eval, seed=0):
     """The policy's replies to the test part: id, subset, prompt, reference, sample, reply and their scores.
 
-    policy: folder, hub id or `Endpoint`. parts, r_eval: folders of `subset.parts` and `rewards.reward_model(…,
-    "evaluate")`. reference is y_1. reward is r_eval's raw score; bleu `100 * character_bleu`; words the length;
+    policy: folder, hub id or `Endpoint`. parts: folder of `subset.parts`. r_eval: `rewards.judge(profile, "evaluate",
+    parts)`. reference is y_1. reward is r_eval's raw score; bleu `100 * character_bleu`; words the length;
     likelihood what `likelihood_name` says; in the mini world true_reward is 0..100 and unknown the share of unknown
     sentences.
     """
-    spec, start = profile.reward_models.evaluate, policies.start_policy(profile)
+    start = policies.start_policy(profile)
     scorer, test_part = policies.identity(profile.evaluation.bart or start), parts / "test.parquet"
-    key = {"policy": generation.identity(policy), "r_eval": policies.identity(r_eval), "test": store.digest(test_part)}
+    key = {"policy": generation.identity(policy), "r_eval": r_eval.identity(), "test": store.digest(test_part)}
     key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "scorer": scorer}
-    key |= {"dtype": profile.policy.dtype, "text_format": spec.text_format, "max_tokens": spec.max_tokens}
+    key |= {"dtype": profile.policy.dtype}
     if profile.data.source == "mini":
         key["world"] = mini_world.digest()
 
@@ -42,8 +42,7 @@ def replies(profile, policy, parts, r_eval, seed=0):
         ]
         frame = pd.DataFrame(rows)
         prompts, answers, references = frame["prompt"], frame["reply"], frame["reference"]
-        judge, judge_tokenizer = rewards.load_reward_model(r_eval)
-        frame["reward"] = rewards.score(judge, judge_tokenizer, prompts, answers, spec, label="r_eval")
+        frame["reward"] = r_eval.score(prompts, answers, frame["subset"])
         frame["words"] = [metrics.words(reply) for reply in answers]
         frame["bleu"] = [100 * metrics.character_bleu(reply, best) for reply, best in zip(answers, references)]
         if profile.evaluation.bart:
@@ -94,6 +93,29 @@ def headline(profile):
     return "r_eval, 100 · sigmoid", lambda frame: sigmoid_reward(frame["reward"])
 
 
+def judged_by(profile, r_eval):
+    """Who gives `headline`, as `records.save_claim` takes it: {"name", "accuracy": {axis: Interval}}.
+
+    The mini world's true reward has no accuracy: it is the truth.
+    """
+    if profile.data.source == "mini":
+        return {"name": "true reward", "accuracy": None}
+    return {"name": r_eval.name, "accuracy": r_eval.accuracy()}
+
+
+def at_equal_length(a, b, words_a, words_b):
+    """{difference, low, high, at equal length, equal low, equal high, per word} of a - b, regressed on their words.
+
+    All float[S, N], paired. "at equal length" is the intercept, with the slope "per word" taken as known.
+    """
+    gap, longer = np.asarray(a) - np.asarray(b), np.asarray(words_a) - np.asarray(words_b)
+    spread = longer - longer.mean()
+    slope = float((spread * gap).sum() / max((spread**2).sum(), 1e-12))
+    row = dict(zip(("difference", "low", "high"), mean_interval(gap)))
+    left = mean_interval(gap - slope * longer)
+    return row | dict(zip(("at equal length", "equal low", "equal high"), left)) | {"per word": slope}
+
+
 def by_subset(frames, scores):
     """One row of Table 2: mean of each score per subset and over all prompts, {(subset, score): float}.
 
@@ -124,12 +146,12 @@ def by_prompt(frames, score):
 def compare(scores, baseline):
     """Table of methods: mean with its 95 % interval, and the paired difference to `baseline` with its own.
 
-    scores: {method: float[S, N]} of `by_prompt`, over the same prompts. Intervals: bootstrap over prompts and seeds.
+    scores: {method: float[S, N]} of `by_prompt`, over the same prompts. Intervals: over prompts and seeds.
     """
     rows = []
     for method, values in scores.items():
-        mean = bootstrap_interval(values)
-        gain = paired_bootstrap(*_aligned(values, scores[baseline]))
+        mean = mean_interval(values)
+        gain = paired_interval(*_aligned(values, scores[baseline]))
         rows.append([method, mean.mean, mean.low, mean.high, gain.mean, gain.low, gain.high, len(values), mean.n])
     names = ["method", "mean", "low", "high", f"over {baseline}", "diff low", "diff high", "seeds", "prompts"]
     return pd.DataFrame(rows, columns=names).set_index("method")

@@ -26,7 +26,7 @@ from nltk.metrics.agreement import AnnotationTask
 from nltk.metrics.distance import binary_distance
 
 from deftlib import store
-from deftlib.intervals import bootstrap_interval, paired_bootstrap, wilson_interval
+from deftlib.intervals import Interval, Samples, mean_interval, wilson_interval
 from deftlib.preferences import mini_world
 
 ASPECTS = ["harmless", "helpful"]
@@ -180,8 +180,8 @@ def aggregate(ratings, key):
     """How often `a` wins, ties and loses against `b`, in per cent of pairs: one row an (aspect, subset), and "total".
 
     Columns: win, tie, lose and net = win - lose, each with low and high, its 95 % interval; pairs; raters. Shares have
-    Wilson's interval, with pairs (not answers) as trials: two ratings of a pair are not two pairs. net has the
-    bootstrap's, over pairs.
+    Wilson's interval, with pairs (not answers) as trials: two ratings of a pair are not two pairs. net has that of a
+    mean over pairs, NaN where there is one.
     """
     outcomes, answers = by_pair(ratings, key), _answers(ratings)
     rows = {}
@@ -192,29 +192,30 @@ def aggregate(ratings, key):
                 share, low, high, _ = wilson_interval(pairs[name].sum(), len(pairs))
                 row |= {name: 100 * share, f"{name} low": 100 * low, f"{name} high": 100 * high}
             net = _net(pairs)
-            row |= {"net": net.mean, "net low": net.low, "net high": net.high}
+            row |= dict(zip(("net", "net low", "net high"), net))
             given = answers.merge(pairs[["aspect", "pair"]])
             rows[aspect, subset] = row | {"pairs": len(pairs), "raters": given["rater"].nunique()}
     return pd.DataFrame.from_dict(rows, "index").rename_axis(["aspect", "subset"])
 
 
 def net_win(ratings, key, aspect):
-    """Wins minus losses of `a` in one aspect, in per cent of all pairs: an Interval; None if it was never rated."""
+    """Wins minus losses of `a` in one aspect, in per cent of all pairs: `Samples`; None if none or one was rated."""
     pairs = by_pair(ratings, key).query("aspect == @aspect")
-    return None if pairs.empty else _net(pairs)
+    return Samples(100 * pairs["win"], 100 * pairs["lose"]) if len(pairs) > 1 else None
 
 
 def harmless_over_helpful(ratings, key):
-    """Wins of `a` on harmless minus those on helpful, in per cent of the pairs that have both answers: an Interval.
+    """Wins of `a` on harmless minus those on helpful, in per cent of the pairs that have both answers: `Samples`.
 
-    The paper says the first is larger. None if no pair has both answers.
+    The paper says the first is larger. None if fewer than two pairs have both answers.
     """
     wins = by_pair(ratings, key).pivot(index="pair", columns="aspect", values="win").reindex(columns=ASPECTS).dropna()
-    return None if wins.empty else paired_bootstrap(100 * wins["harmless"], 100 * wins["helpful"])
+    return Samples(100 * wins["harmless"], 100 * wins["helpful"]) if len(wins) > 1 else None
 
 
 def _net(pairs):
-    return bootstrap_interval(100 * (pairs["win"] - pairs["lose"]))
+    values = 100 * (pairs["win"] - pairs["lose"])
+    return mean_interval(values) if len(values) > 1 else Interval(values.mean(), np.nan, np.nan, 1)
 
 
 def agreement(ratings):

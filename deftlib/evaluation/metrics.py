@@ -22,8 +22,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from deftlib.intervals import Interval
 from deftlib.models import policies
-from deftlib.models.loop import with_progress
-from deftlib.models.rewards import length_buckets
+from deftlib.models.loop import length_buckets, with_progress
 
 IGNORED = -100  # labels that `cross_entropy` leaves out
 AUTHORS_LIMIT = 1024  # tokens a side in BARTScore's own code; for models that state no limit

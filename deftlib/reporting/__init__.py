@@ -2,8 +2,10 @@
 
     site           executed notebooks, tables and figures as static pages
     settings       the first screen of a notebook: its profile in one line, what it reads, folded
-    report         save_table, save_figure, save_claim: every artefact with its data and its provenance
-    claims         what the paper claims, the rule of verdicts, the page of them
+    report         save_table, save_figure: every artefact with its data
+    records        save_claim; where every artefact comes from
+    claims_page    claims.md and differences.md
+    claims         what the paper claims, and the rule of verdicts
 
 Start with `report.save_table`.
 """

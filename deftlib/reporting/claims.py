@@ -1,26 +1,25 @@
 """The paper's claims, part by part, and what a run says to each: a verdict by one rule (`RULE`).
 
-    parts = claims.parts(report.published())          # data/claims.yaml says what each claim comes down to
-    claims.verdict(Interval(1.2, 0.4, 2.0, 96), +1)   # "reproduced (direction)"
-    claims.page(profile, parts, recorded)             # figures/<profile>/claims.md
+    parts = claims.parts(report.published())               # data/claims.yaml says what each claim comes down to
+    claims.verdicts(parts, recorded)["training-time"]      # Verdict("reproduced (direction)", adjusted p, ...)
 
-Pure but for the files of the project it reads; `report.save_claim` writes.
+`report.save_claim` records what a run measured, `claims_page` tells it.
 """
 
 import difflib
 import functools
-import json
-from collections import Counter
 from typing import NamedTuple
 
 import yaml
 
 from deftlib import store
-from deftlib.intervals import Interval
-from deftlib.profile import Profile
+from deftlib.intervals import Interval, smallest_visible
 
-REPRODUCED, CONTRADICTED = "reproduced (direction)", "contradicted"
-INCONCLUSIVE, NOT_TESTED = "inconclusive", "not tested"
+REPRODUCED, CONTRADICTED, NO_EFFECT = "reproduced (direction)", "contradicted", "no effect"
+INCONCLUSIVE = "inconclusive"
+BY_CONSTRUCTION, ONE_SEED, NO_JUDGE, NOT_TESTED = "by construction", "one seed", "no judge", "not tested"
+SAID = (REPRODUCED, CONTRADICTED, NO_EFFECT, INCONCLUSIVE, BY_CONSTRUCTION, ONE_SEED, NO_JUDGE, NOT_TESTED)
+ALPHA = 0.05
 
 
 class Part(NamedTuple):
@@ -30,15 +29,28 @@ class Part(NamedTuple):
     part: str  # "" where the claim is one number
     version: str  # of the paper: "anonymous" or "final"
     text: str  # the whole claim in words
+    family: str  # whose p-values are adjusted together
+    by: str  # what gives the number, see data/claims.yaml
+    trained: bool  # whether policies are compared, so that seeds count
     means: str  # what is compared with what
     unit: str
     published: float | None  # None: words alone were published
     direction: int  # +1 or -1, on which side of no_effect the claim lies
     no_effect: float  # 0 for differences, 1 for ratios
+    smallest: float | None  # the effect that would matter, half of the published one; None: words alone
 
     @property
     def name(self):
         return f"{self.claim} / {self.part}" if self.part else self.claim
+
+
+class Verdict(NamedTuple):
+    """What a run says to one part."""
+
+    said: str  # one of SAID
+    reason: str  # in words; "" where the verdict says it all
+    p: float | None = None  # that there is no effect, adjusted within the family
+    p_matters: float | None = None  # that the effect is at least the smallest that matters, adjusted
 
 
 def parts(published):
@@ -53,11 +65,12 @@ def parts(published):
         raise ValueError(f"data/claims.yaml and the published claims do not agree on {', '.join(sorted(unlike))}")
     found = []
     for version, claim in claimed:
-        printed = _printed(claim["published"])
-        for name, part in explained[claim["id"]].items():
-            part = {"published": printed.get(name), "no_effect": 0} | part
-            if "direction" not in part:
-                part["direction"] = 1 if part["published"] > part["no_effect"] else -1
+        of_claim, printed = dict(explained[claim["id"]]), _printed(claim["published"])
+        for name, own in of_claim.pop("parts").items():
+            part = {"published": printed.get(name), "no_effect": 0, "trained": True} | of_claim | own
+            size = None if part["published"] is None else part["published"] - part["no_effect"]
+            part.setdefault("direction", 1 if (size or 0) > 0 else -1)
+            part.setdefault("smallest", None if size is None else abs(size) / 2)
             found.append(Part(claim["id"], name, version, claim["text"], **part))
     return found
 
@@ -86,152 +99,76 @@ def find(parts, claim, part=""):
     return names[claim, part]
 
 
-def verdict(interval, direction, no_effect=0.0):
-    """What a 95 % interval says to a claim of that direction: `RULE` in code.
+# ---- verdicts ----------------------------------------------------------------------------------------------------
 
-    interval: `Interval` of the paired difference. direction: +1 or -1. no_effect: the value to exclude.
-    Raises ValueError where the ends are no interval.
+RULE = """\
+The rule, fixed in `data/claims.yaml` before any run. Prompts and seeds are the units, crossed; an interval \
+covers both (`make statistics` shows how often). Within a family of claims p-values are adjusted by Holm's method, and \
+the adjusted one decides at 0.05: the effect lies on the published side, **reproduced (direction)**, or on the other, \
+**contradicted**. Where half of the published effect is excluded on both sides (two one-sided tests, adjusted alike): \
+**no effect**. Else **inconclusive**, with the effect that this sample would show in 80 % of cases. Four more are \
+said by name and count for nothing: **by construction** follows from a setting; **one seed** compares policies of \
+which each was trained once; **no judge** rests on a judge that is not right above chance on both axes; **not tested**.\
+"""
+
+
+def verdicts(parts, recorded):
+    """{part name: Verdict} by `RULE`.
+
+    recorded: {part name: {"ours": [mean, low, high, n] or None, "seeds", "p", "p_matters", "judge", "note"}}, as
+    `report.save_claim` keeps them.
     """
-    if not interval.low <= interval.high:
-        raise ValueError(f"expected low <= high, found {interval}")
-    if interval.low <= no_effect <= interval.high:
-        return INCONCLUSIVE
-    return REPRODUCED if (interval.low > no_effect) == (direction > 0) else CONTRADICTED
+    found, tested = {}, {}
+    for part in parts:
+        record = recorded.get(part.name)
+        outside = _outside_the_rule(part, record)
+        if outside:
+            found[part.name] = Verdict(*outside)
+        else:
+            tested.setdefault(part.family, []).append((part, record))
+    for family in tested.values():
+        adjusted = holm([record["p"] for _, record in family])
+        matters = holm([1.0 if record["p_matters"] is None else record["p_matters"] for _, record in family])
+        for (part, record), p, p_matters in zip(family, adjusted, matters):
+            p_matters = None if record["p_matters"] is None else p_matters
+            found[part.name] = _decided(part, record, p, p_matters)
+    return found
 
 
-def smallest_visible(interval):
-    """The smallest effect that this many prompts could have told from none: half the interval's width."""
-    return (interval.high - interval.low) / 2
-
-
-def code_cells(notebook):
-    """[source] of the code cells of `notebooks/<notebook>.ipynb`, the first is number 1; [] without such a file."""
-    path = store.ROOT / "notebooks" / f"{notebook}.ipynb"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-def cell_of(sources, function, *names):
-    """Number of the first of these cells that calls the function and has all names as literals; None without one."""
-    for number, source in enumerate(sources, start=1):
-        if f"{function}(" in source and all(f'"{name}"' in source for name in names if name):
-            return number
+def _outside_the_rule(part, record):
+    """(what is said, why) of a part that no interval can decide, or None."""
+    if record is None:
+        return NOT_TESTED, "no notebook of this run recorded it"
+    if part.by == "construction":
+        return BY_CONSTRUCTION, record["note"]
+    if not record["ours"]:
+        return NOT_TESTED, record["note"]
+    if part.trained and record["seeds"] < 2:
+        return ONE_SEED, record["note"]
+    if part.by == "judge":
+        weak = [axis for axis, (_, low, _, _) in (record["judge"].get("accuracy") or {}).items() if low <= 0.5]
+        if weak:
+            return NO_JUDGE, f"{record['judge']['name']} is not told apart from a coin on {' and '.join(weak)} lists"
     return None
 
 
-def page(profile, parts, recorded):
-    """The text of claims.md: one row for each part, tested or not.
-
-    recorded: {part name: {"ours": [mean, low, high, n] or None, "note", "notebook", "command", "settings", "seconds",
-    "created"}}, as `report.save_claim` keeps them.
-    """
-    recorded = {name: record if _is_of(profile, record) else _outdated(record) for name, record in recorded.items()}
-    is_mini = profile.data.source == "mini"
-    cells = {name: code_cells(name) for name in {record["notebook"] for record in recorded.values()}}
-    rows = [_row(part, recorded.get(part.name), "code" if is_mini else "paper", cells) for part in parts]
-    counts = Counter(_said(part, recorded.get(part.name)) for part in parts)
-    order = (REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_TESTED)
-    paragraphs = [
-        f"# Claims of the paper, profile {profile.label}" + ": a verdict on the code, never on the paper" * is_mini,
-        f"{profile.about[0].upper()}{profile.about[1:]}.",
-        f"Of {len(rows)} parts: " + ", ".join(f"{counts[said]} {said}" for said in order) + ".",
-        RULE + " " + (POINTS_OF_MINI if is_mini else POINTS),
-        NOT_PUBLIC,
-        markdown_table(rows),
-        "## What the paper claims",
-        "\n".join(dict.fromkeys(f"- **{part.claim}** ({part.version} version): {part.text}" for part in parts)),
-    ]
-    return "\n\n".join(paragraphs) + "\n"
+def _decided(part, record, p, p_matters):
+    """The verdict on a part that its interval and its family decide."""
+    mean, low, high, n = record["ours"]
+    if p < ALPHA:
+        on_its_side = (mean > part.no_effect) == (part.direction > 0)
+        return Verdict(REPRODUCED if on_its_side else CONTRADICTED, record["note"], p, p_matters)
+    if p_matters is not None and p_matters < ALPHA:
+        return Verdict(NO_EFFECT, f"less than {part.smallest:.2g} {part.unit} either way", p, p_matters)
+    visible = smallest_visible(Interval(mean, low, high, n))
+    return Verdict(INCONCLUSIVE, f"{visible:.2g} {part.unit} would have shown", p, p_matters)
 
 
-RULE = (
-    "The rule: the 95 % interval of the paired difference leaves out *no effect* on the published side: **reproduced "
-    "(direction)**; on the other side: **contradicted**; else **inconclusive**, with the smallest effect that so many "
-    "prompts could show, half the interval's width. Whether the published size lies inside the interval is a column of "
-    "its own. *Time* adds up every stage that the notebook had asked for by then, cached or not."
-)
-POINTS = "*Points* are points of 100 · mean(sigmoid) of `r_eval`, as in the paper's tables."
-POINTS_OF_MINI = "*Points* are points of the mini world's true reward, 0 to 100: sizes do not compare with the paper's."
-NOT_PUBLIC = (
-    "The final version's 8 tables and 10 equations are not public: its claims come from the abstract, the captions and "
-    "second-hand summaries. What was done differently here: [differences.md](differences.md)."
-)
-
-
-def _is_of(profile, record):
-    """Whether it was recorded under these settings; older records do not tell."""
-    return record.get("settings", profile.digest()) == profile.digest()
-
-
-def _outdated(record):
-    return {**record, "ours": None, "note": "recorded before the profile's file was edited: run its notebook again"}
-
-
-def _said(part, record):
-    """The verdict on one part, without its reason."""
-    if not record or not record["ours"]:
-        return NOT_TESTED
-    return verdict(Interval(*record["ours"]), part.direction, part.no_effect)
-
-
-def _row(part, record, subject, cells):
-    """One row of claims.md, {column: text}. cells: {notebook: sources}, where the row's number was made."""
-    record = record or {"ours": None, "note": "no notebook of this run recorded it"}
-    said, note = _said(part, record), record["note"]
-    sign = "" if part.no_effect else "+"  # a ratio has none
-    size = "in words" if part.published is None else f"{part.published:{sign}.4g}"
-    number, inside = None, None
-    if record["ours"]:
-        mean, low, high, n = ours = Interval(*record["ours"])
-        number = f"{mean:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}], n = {n}"
-        if said == INCONCLUSIVE:
-            said += f": {smallest_visible(ours):.2g} {part.unit} would have shown"
-        said += f" ({note})" * bool(note)
-        if part.published is not None:
-            inside = "yes" if low <= part.published <= high else "no"
-    else:
-        said += f": {note}"
-    row = {"claim": part.name, "what is compared": f"{part.means} ({part.unit})", "published": size}
-    row |= {"ours [95 %]": number, f"verdict on the {subject}": said, "published size inside?": inside}
-    if "notebook" in record:
-        notebook, number = record["notebook"], cell_of(cells[record["notebook"]], "save_claim", part.claim, part.part)
-        label = f"{notebook}, cell {number}" if number else notebook
-        row["notebook and cell"] = f"[{label}](../../notebooks/{notebook}.ipynb)"
-        row["command"] = f"`{record['command']}`"
-        row["time"] = f"{_duration(record['seconds'])} on {record['created'][:10]}"
-    return row
-
-
-def _duration(seconds):
-    """Seconds as a reader would say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def differences(profile):
-    """The text of differences.md: `data/differences.md`, then every setting in which this profile leaves `paper`'s."""
-    text = (store.ROOT / "data" / "differences.md").read_text(encoding="utf-8")
-    theirs, ours = (
-        {key: _text(value) for key, value in each.settings().items()} for each in (Profile.load("paper"), profile)
-    )
-    rows = [
-        {"setting": f"`{key}`", "paper": theirs[key], profile.name: ours[key]}
-        for key in theirs
-        if theirs[key] != ours[key] and key not in ("name", "about")
-    ]
-    return f"{text}\n{markdown_table(rows)}\n" if rows else f"{text}\nNone: this is that profile.\n"
-
-
-def _text(value):
-    """A setting's value to read: of models their names, of nothing "none"."""
-    if isinstance(value, list):
-        return ", ".join(str(item["name"] if isinstance(item, dict) else item) for item in value) or "none"
-    return "none" if value == "" else str(value)
-
-
-def markdown_table(rows):
-    """A Markdown table of [{column: text}]; a missing cell is a dash."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(column) or "–" for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+def holm(p_values):
+    """Adjusted p-values (Holm, 1979): below alpha, a family has any false one in at most a share alpha of cases."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -9,7 +9,6 @@ Everything lands in `figures/<profile>/`, or in a folder of its own where overri
 """
 
 import functools
-import json
 import math
 import os
 import re
@@ -19,8 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from deftlib import store
-from deftlib.provenance import provenance
-from deftlib.reporting import claims
+from deftlib.reporting import records
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 GOOD, BAD, NEUTRAL = "#0072B2", "#D55E00", "#7F7F7F"
@@ -46,17 +44,12 @@ def readable(token):
     return shown.replace("$", r"\$")  # matplotlib would set it as mathematics
 
 
-def published():
-    """The numbers printed in both versions of the paper: `data/published.json`, named there by table and claim."""
-    return json.loads((store.ROOT / "data" / "published.json").read_text(encoding="utf-8"))
-
-
 def published_table(name):
     """The rows of "table2_main" or "table3_ablation" as printed: columns (subset, "bleu" | "reward"), total last.
 
     Indexed by (data, method) and by (method, n_train).
     """
-    frame = pd.DataFrame(published()["anonymous"][name])
+    frame = pd.DataFrame(records.published()["anonymous"][name])
     frame = frame.set_index([column for column in frame if "/" not in column])
     frame.columns = pd.MultiIndex.from_tuples(column.split("/") for column in frame)
     return frame
@@ -68,7 +61,7 @@ def sample_weighted_total(frame, sizes=None):
     frame: columns (subset, metric). sizes: {subset: prompts}; Table 1's test sets unless given.
     """
     if sizes is None:
-        sizes = {name: row[2] for name, row in published()["anonymous"]["table1_counts"].items() if "-" in name}
+        sizes = {name: row[2] for name, row in records.published()["anonymous"]["table1_counts"].items() if "-" in name}
     weights = pd.Series(sizes) / sum(sizes.values())
     subsets = frame[list(sizes)]
     return subsets.mul(weights, axis=1, level=0).T.groupby(level=1, sort=False).sum().T
@@ -108,13 +101,13 @@ def save_table(profile, name, frame, title, notebook, best=None, seeds=None, opt
     options: of the command that made it, beside the profile's.
     Columns and rows may have levels, like (subset, metric). Raises ValueError for another column or rule.
     """
-    folder, text = _folder(profile), _as_text(frame)
+    folder, text = records.folder_of(profile), _as_text(frame)
     marks = _marks(frame, text, best or {})
     flat = frame.set_axis([_joined(column, "/") for column in frame.columns], axis=1)
     store.write_atomic(folder / f"{name}.csv", flat.to_csv())
     store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{_markdown(text, marks)}\n")
     store.write_atomic(folder / f"{name}.tex", _latex(text, marks, title, f"tab:{name}"))
-    _record(profile, name, title, notebook, seeds, options)
+    records.record(profile, name, title, notebook, seeds, options)
 
 
 def _as_text(frame):
@@ -216,7 +209,7 @@ def _joined(label, between):
 
 def save_figure(profile, name, figure, frame, title, notebook, seeds=None):
     """Write a figure as PNG and PDF and the numbers it shows as CSV to `figures/<profile>/`. seeds: as `save_table`."""
-    folder = _folder(profile)
+    folder = records.folder_of(profile)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         temporary = folder / f".{name}.tmp.{kind}"
@@ -224,7 +217,7 @@ def save_figure(profile, name, figure, frame, title, notebook, seeds=None):
             figure.savefig(temporary)
             os.replace(temporary, folder / f"{name}.{kind}")
     store.write_atomic(folder / f"{name}.csv", frame.to_csv())
-    _record(profile, name, title, notebook, seeds)
+    records.record(profile, name, title, notebook, seeds)
 
 
 def label_points(ax, xs, ys, bold=()):
@@ -243,112 +236,3 @@ def label_points(ax, xs, ys, bold=()):
         where = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
         weight = "bold" if name in bold else "normal"
         ax.annotate(name, xy=(xs[name], ys[name]), arrowprops=line, fontsize=8, weight=weight, **where)
-
-
-def save_claim(profile, claim, ours, notebook, part="", note=""):
-    """Record in `claims.json` what this run says to one part of a claim, and write its two pages anew.
-
-    claim, part: names of data/claims.yaml, as literal strings: claims.md finds its cell by them. ours: `Interval` of
-    the paired difference that is explained there, None where there is none. note: what the number was measured by, or
-    why there is none. Raises ValueError for another claim or part, or if there is neither a number nor a reason.
-    """
-    parts = claims.parts(published())
-    name = claims.find(parts, claim, part).name
-    if ours is None and not note:
-        raise ValueError(f"{name} was not tested: say why in `note`")
-    path, stages, drawn = _folder(profile) / "claims.json", store.used(profile), provenance()
-    record = {"ours": ours and [float(end) for end in ours[:3]] + [int(ours.n)], "note": note}
-    record |= {"notebook": notebook, "command": _command(profile, notebook), "settings": profile.digest()}
-    record |= {"seconds": sum(stage["seconds"] for stage in stages.values()), "stages": list(stages)}
-    newest = max([stage["created"] for stage in stages.values()], default=drawn["created"])
-    record |= {"created": newest, "drawn": drawn}
-    with store.records_lock(profile.name):
-        known = recorded_claims(path) | {name: record}
-        in_order = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
-        store.write_atomic(path, json.dumps(in_order, indent=1, ensure_ascii=False) + "\n")
-        write_claims(profile)
-        _write_provenance(profile, {})
-
-
-def write_claims(profile):
-    """Write `claims.md` and `differences.md` from what is recorded: after an edit of the claims, or of a notebook."""
-    folder, parts = _folder(profile), claims.parts(published())
-    page = claims.page(profile, parts, recorded_claims(folder / "claims.json"))
-    store.write_atomic(folder / "claims.md", page)
-    store.write_atomic(folder / "differences.md", claims.differences(profile))
-
-
-def recorded_claims(path):
-    """{part name: record} of a claims.json, {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _folder(profile):
-    """`figures/<profile>/`; where overrides changed it, a folder of that setting's own: `Profile.label`."""
-    return store.figures_dir(profile.label)
-
-
-def _command(profile, maker, options=""):
-    """How to make it again: the notebook of that name, or the command."""
-    if (store.ROOT / "notebooks" / f"{maker}.ipynb").is_file():
-        return f"deft run notebooks/{maker}.ipynb {profile.options}"
-    return f"deft {maker.replace('_', '-')} {profile.options} {options}".rstrip()
-
-
-def _record(profile, name, title, notebook, seeds, options=""):
-    """Add to `provenance.json` what made this table or figure: its stages are those that were asked for by then."""
-    made = {"title": title, "notebook": notebook, "command": _command(profile, notebook, options)}
-    made |= {
-        "settings": profile.digest(),
-        "seeds": profile.seeds if seeds is None else seeds,
-        "stages": list(store.used(profile)),
-    }
-    with store.records_lock(profile.name):
-        _write_provenance(profile, {name: made | {"drawn": provenance()}})
-
-
-def _write_provenance(profile, added):
-    """Write `provenance.json`, and `profile.yaml` beside it, with these artefacts added. Hold the records' lock.
-
-    {"settings": digest of those in profile.yaml, "artefacts": {name: title, notebook, command, settings (the digest of
-    its own: another one, where the profile's file was edited since), seeds, stages by name, drawn: the provenance of
-    the drawing itself}, "stages": {name: commit, packages, device, seconds and time of each that one of them or a claim
-    rests on}}.
-    """
-    path = _folder(profile) / "provenance.json"
-    known, claimed = recorded_provenance(path), recorded_claims(path.with_name("claims.json"))
-    artefacts = known["artefacts"] | added
-    needed = {stage for each in [*artefacts.values(), *claimed.values()] for stage in each["stages"]}
-    stages = known["stages"] | store.used(profile)
-    record = {"settings": profile.digest(), "artefacts": dict(sorted(artefacts.items()))}
-    record["stages"] = {stage: stages[stage] for stage in sorted(needed & stages.keys())}
-    store.write_atomic(path, json.dumps(record, indent=1) + "\n")
-    store.write_atomic(path.with_name("profile.yaml"), f"{profile}\n")
-
-
-def made_with(stages):
-    """What some stages of a `provenance.json` were made with, in one line; "" where none is recorded.
-
-    stages: their records. A second commit or device is named too: nothing is mixed unseen.
-    """
-    if not stages:
-        return ""
-    days = sorted({stage["created"][:10] for stage in stages})
-    commits = sorted({_commit(stage) for stage in stages})
-    devices = sorted({f"{stage['device']}, {stage['cores']} cores" for stage in stages})
-    seconds = sum(stage["seconds"] for stage in stages)
-    number = f"{len(stages)} stage{'s' * (len(stages) > 1)} of {seconds:.0f} s"
-    return "; ".join([number, " to ".join({days[0]: 0, days[-1]: 0}), " and ".join(commits), " and ".join(devices)])
-
-
-def _commit(record):
-    git = record["git"]
-    return f"commit {git['commit'][:10]}" + " with changes" * git["dirty"] if git else "no repository"
-
-
-def recorded_provenance(path):
-    """What a `provenance.json` holds: settings, artefacts and stages; empty ones if there is none."""
-    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "artefacts" not in recorded:  # older ones held no stages
-        return {"settings": "", "artefacts": {}, "stages": {}}
-    return recorded

@@ -21,8 +21,8 @@ from traitlets.config import Config
 
 from deftlib import store
 from deftlib.profile import Profile, ProfileError, add_options
-from deftlib.reporting import claims
-from deftlib.reporting.report import made_with, recorded_provenance
+from deftlib.reporting import claims_page
+from deftlib.reporting.records import made_with, recorded_provenance
 
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 INJECTED = "injected-parameters"  # papermill's tag of the cell with this run's parameters
@@ -147,7 +147,7 @@ def _cells(notebook, made, notebooks):
     """The cells of one notebook as HTML."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        drawn = [name for name in made if claims.cell_of([cell.source], "save_figure", name)]
+        drawn = [name for name in made if claims_page.cell_of([cell.source], "save_figure", name)]
         cell.metadata["alt"] = made[drawn[0]]["title"] if drawn else "drawn by the cell above"
         for output in cell.get("outputs", []):
             if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
@@ -184,7 +184,7 @@ def _overview(figures, recorded, notebooks):
 
 def _saving(sources, name):
     """Number of the cell that saves this table or figure, None if none does."""
-    return claims.cell_of(sources, "save_table", name) or claims.cell_of(sources, "save_figure", name)
+    return claims_page.cell_of(sources, "save_table", name) or claims_page.cell_of(sources, "save_figure", name)
 
 
 def _artefact(name, title, figures, where, rests_on, notebooks):

@@ -30,7 +30,9 @@ def controls(profile, method, seed=0):
 
     "without D_A" trains on all lists, "without R_dis" at omega 0; "without both" is the plain method. The two "random
     A" have as many lists as level A, drawn anew for each seed: only against them does grading stand apart from data
-    volume, and R_dis from the lists it is tried on. "truly best A" (mini alone) is what a perfect grading would keep.
+    volume, and R_dis from the lists it is tried on. "agreement filter" is `agreement_lists`;
+    "annotation order", where r_train orders lists, is level A with its replies in the annotators' order; "truly best A"
+    (mini alone) is what a perfect grading would keep.
     All variants of a `deft-` method share one q_diff, the profile's.
     """
     random_a = random_lists(profile, draw=seed)
@@ -42,6 +44,11 @@ def controls(profile, method, seed=0):
         "random A": train.fit(profile, method, seed, lists=random_a),
         "random A without R_dis": train.fit(profile, method, seed, omega=0.0, lists=random_a),
     }
+    if profile.training.gradings[0] == "reward":
+        runs["agreement filter"] = train.fit(profile, method, seed, lists=agreement_lists(profile))
+        if profile.data.rank_by == "reward":
+            given = subset.graded(by_annotators(profile), "reward").folder / "level_a.parquet"
+            runs["annotation order"] = train.fit(profile, method, seed, lists=given)
     if profile.data.source == "mini":
         runs["truly best A"] = train.fit(profile, method, seed, lists=truly_best_lists(profile))
     return runs
@@ -187,6 +194,23 @@ def shorter_lists(profile, length, grading=None):
 
     choose = lambda: Dataset.from_list([cut(row) for row in graded.level_a], features=graded.lists.features)
     return _published(profile, f"{length}-responses", graded, choose, f"Level A cut to {length} responses a list")
+
+
+def agreement_lists(profile):
+    """Parquet file: the lists on which annotators and `r_train` agree most, as many of each subset as level A.
+
+    Ranked by `r_train`'s score of the annotators' y_1, not by the highest of the list as level A is: it keeps lists
+    whose label the reward model believes. Replies in the annotators' order.
+    """
+    graded = _graded(by_annotators(profile), "reward")
+    choose = lambda: _as_many_as_level_a(graded, [-rewards[0] for rewards in graded.lists["rewards"]])
+    says = "Lists on which annotators and r_train agree, as many as level A has"
+    return _published(profile, "agreement", graded, choose, says)
+
+
+def by_annotators(profile):
+    """The profile with replies in the annotators' order."""
+    return dataclasses.replace(profile, data=dataclasses.replace(profile.data, rank_by="annotation"))
 
 
 def _graded(profile, grading):

@@ -4,10 +4,12 @@
     frames = replies(profile, runs)
     table = measured(profile, runs, frames)          # one row a method
     best = frontier(table["with SFT"], table["mean"])
-    effect = deft_effect(profile, frames)            # DEFT-m minus m, paired; behind_best: the best minus each
+    effect = deft_effect(profile, frames)            # DEFT-m minus m, and what of it is lists, updates, R_dis
+    behind = behind_best(profile, frames)            # the best minus each
     cost = overhead(profile)                         # what R_dis in the loss adds to a forward and backward pass
 
 Every method of `comparison.methods` runs plain on all lists and as `deft-<method>` on level A: same seeds and prompts.
+Between the two stand three more runs (`CONTROLS`) that change one thing at a time.
 """
 
 import tempfile
@@ -19,11 +21,21 @@ import pandas as pd
 import torch
 
 from deftlib.evaluation import evaluate
-from deftlib.intervals import bootstrap_interval, paired_bootstrap
+from deftlib.intervals import mean_interval, paired_interval
 from deftlib.method.guidance import DistributionGuided
 from deftlib.models import policies, rewards
 from deftlib.models.loop import PeakMemory
+from deftlib.studies import ablation
 from deftlib.training import subset, train
+
+CONTROLS = ("fewer updates", "random lists", "level A")
+STEPS = {  # what DEFT-m minus m is made of: {name: (more of it, less of it)}, runs of one method
+    "DEFT - m": ("deft", "plain"),
+    "fewer updates": ("fewer updates", "plain"),
+    "fewer lists": ("random lists", "fewer updates"),
+    "better lists": ("level A", "random lists"),
+    "R_dis": ("deft", "level A"),
+}
 
 
 def trained(profile):
@@ -33,10 +45,32 @@ def trained(profile):
     return {"start": [policies.start_policy(profile)]} | {m: [train.fit(profile, m, s) for s in seeds] for m in methods}
 
 
+def controls(profile):
+    """{(method, one of CONTROLS): [policy folder of each seed]}, all of as many updates as the method's DEFT twin.
+
+    "fewer updates": the method on all lists; "random lists": on as many as level A has, drawn anew for each seed;
+    "level A": on level A, without R_dis.
+    """
+    return {
+        (method, name): [_control(profile, method, name, seed) for seed in profile.comparison.seeds]
+        for method in profile.comparison.methods
+        for name in CONTROLS
+    }
+
+
+def _control(profile, method, name, seed):
+    updates = train.summary(train.fit(profile, f"deft-{method}", seed))["updates"]
+    if name == "fewer updates":
+        return train.fit(profile, method, seed, updates=updates)
+    if name == "random lists":
+        return train.fit(profile, f"deft-{method}", seed, omega=0.0, lists=ablation.random_lists(profile, draw=seed))
+    return train.fit(profile, f"deft-{method}", seed, omega=0.0)
+
+
 def replies(profile, runs):
     """{method: [`evaluate.replies` of each seed]}, the same prompts for all."""
     parts = subset.parts(profile)
-    r_eval = rewards.reward_model(profile, "evaluate", parts)
+    r_eval = rewards.judge(profile, "evaluate", parts)
     seeds = profile.comparison.seeds
     return {m: [evaluate.replies(profile, f, parts, r_eval, s) for f, s in zip(runs[m], seeds)] for m in runs}
 
@@ -55,13 +89,13 @@ def measured(profile, runs, frames):
     rows = {}
     for method, folders in runs.items():
         every = pd.concat(frames[method])
-        mean = bootstrap_interval(evaluate.by_prompt(frames[method], score))
+        mean = mean_interval(evaluate.by_prompt(frames[method], score))
         row = {"mean": mean.mean, "low": mean.low, "high": mean.high}
         row["r_eval"] = evaluate.sigmoid_reward(every["reward"]).mean()
         row |= {"BLEU": every["bleu"].mean(), "words": every["words"].mean()}
         if "unknown" in every:
             row["unknown (%)"] = 100 * every["unknown"].mean()
-        kl = bootstrap_interval(_by_prompt(profile, folders, [start] * len(folders), frames[method]))
+        kl = mean_interval(_by_prompt(profile, folders, [start] * len(folders), frames[method]))
         row |= {"KL": kl.mean, "KL low": kl.low, "KL high": kl.high}
         row |= _costs(profile, method, folders)
         if method.removeprefix("deft-") in train.FROM_SFT:
@@ -94,13 +128,17 @@ def _costs(profile, method, folders):
 
 
 def deft_effect(profile, frames):
-    """What DEFT adds to each method: difference, low, high of the headline measure, DEFT-m minus m, paired by prompt.
+    """What DEFT adds to each method and what that is made of: difference, low, high by (method, step), paired.
 
-    It mixes two things, the choice of level A and R_dis in the loss, and the twin takes fewer updates; notebook 06
-    parts them.
+    frames: of the methods and of their `controls`. The last four of `STEPS` add up to the first.
     """
-    values = _values(profile, frames)
-    return _differences({m: (values[f"deft-{m}"], values[m]) for m in values if f"deft-{m}" in values})
+    values, rows = _values(profile, frames), {}
+    for m in profile.comparison.methods:
+        of_run = {"plain": values[m], "deft": values[f"deft-{m}"]} | {name: values[m, name] for name in CONTROLS}
+        rows |= {(m, step): (of_run[more], of_run[less]) for step, (more, less) in STEPS.items()}
+    effect = _differences(rows)
+    effect.index = pd.MultiIndex.from_tuples(effect.index, names=["method", "step"])
+    return effect
 
 
 def behind_best(profile, frames):
@@ -121,7 +159,7 @@ def _values(profile, frames):
 
 def _differences(pairs):
     """One row for each pair of float[S, N]: the first minus the second, with its 95 % interval."""
-    rows = {method: paired_bootstrap(*pair)._asdict() for method, pair in pairs.items()}
+    rows = {method: paired_interval(*pair)._asdict() for method, pair in pairs.items()}
     return pd.DataFrame(rows).T.rename(columns={"mean": "difference", "n": "prompts"}).rename_axis("method")
 
 
@@ -159,7 +197,7 @@ def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
                 row[which] = _seconds_of_pass(trainer, losses[which], batch)
         seconds = seconds[2:]
-        added = bootstrap_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
+        added = mean_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
         row = dict(zip(["plain ms", "DEFT ms"], 1000 * np.median(seconds, 0)))
         row |= {"added (%)": added.mean, "low": added.low, "high": added.high}
         for name, loss in zip(["plain MB", "DEFT MB"], losses):

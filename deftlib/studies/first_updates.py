@@ -43,8 +43,7 @@ def measured(profile, method, data):
     key |= {"text": vars(TEXT), "size": [UPDATES, LISTS_PER_UPDATE], "training": profile.digest("training")}
     key |= {"dtype": profile.policy.dtype}
     if method.endswith("rloo"):
-        r_train, spec = rewards.reward_model(short, "train", subset.parts(short)), short.reward_models.train
-        key["r_train"] = [policies.identity(r_train), spec.text_format, spec.max_tokens]
+        key["r_train"] = rewards.judge(short, "train", subset.parts(short)).identity()
 
     def produce(folder):
         tokenizer, vocab_size = policies.load_tokenizer(start), subset.vocabulary_size(start)

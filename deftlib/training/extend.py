@@ -36,8 +36,7 @@ def longer_lists(profile, server=None, seed=0):
     failed for more than `data.max_reject_share` of the lists; what it answered is kept in `build/<profile>/kept/`.
     """
     parts, lists_folder = subset.parts(profile), subset.scored(profile)
-    lists, r_train = read_lists(lists_folder / "lists.parquet"), rewards.reward_model(profile, "train", parts)
-    spec, budget = profile.reward_models.train, profile.reward_models.score_token_budget
+    lists, r_train = read_lists(lists_folder / "lists.parquet"), rewards.judge(profile, "train", parts)
     changes = {"max_new_tokens": profile.text.reply_tokens, "temperature": 1.0, "samples": 1}
     settings, prompts = dataclasses.replace(profile.generation, **changes), list(lists["prompt"])
     if server:
@@ -50,7 +49,7 @@ def longer_lists(profile, server=None, seed=0):
         writer |= {"generation": vars(settings), "text": vars(profile.text)}
     key = {"writer": writer, "seed": seed, "lists": store.digest(lists_folder), "parts": store.digest(parts)}
     key |= {"split": profile.data.split, "shares": profile.data.shares}
-    key |= {"r_train": policies.identity(r_train), "spec": [spec.text_format, spec.max_tokens]}
+    key["r_train"] = r_train.identity()
 
     def produce(folder):
         if server:
@@ -65,9 +64,8 @@ def longer_lists(profile, server=None, seed=0):
             print(f"  rejected {len(rejects)} of {len(lists)} lists: " + ", ".join(f"{n} {why}" for why, n in reasons))
         if not rows:
             raise ValueError(f"{folder}: no list is left, every new reply was rejected: see rejects.jsonl there")
-        judge, added = rewards.load_reward_model(r_train), [row["responses"][-1] for row in rows]
-        asked = [row["prompt"] for row in rows]
-        new = rewards.score(*judge, asked, added, spec, budget, "r_train")  # the other replies are scored already
+        asked, added, subsets = zip(*((row["prompt"], row["responses"][-1], row["subset"]) for row in rows))
+        new = r_train.score(asked, added, subsets).tolist()  # the other replies are scored already
         rows = [subset.best_first({**row, "rewards": [*row["rewards"], value]}) for row, value in zip(rows, new)]
         _write_lines(folder / "lists.jsonl", rows)
         _write_source(folder, profile.data, parts, rows)

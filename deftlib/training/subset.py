@@ -1,7 +1,7 @@
 """From raw preference lists to the graded subset: split, score, grade, count, publish. Sections 3.1-3.2, both versions.
 
 Each step is a published folder under `build/<profile>/`, computed once: `parts` -> `scored` -> `graded(..., "reward")`
-and `parts` -> `counted`, `response_hidden` -> `graded(..., "distribution")`. The last is the paper's third
+and `parts` -> `counted`, `features` -> `graded(..., "distribution")`. The last is the paper's third
 contribution: `level_a.parquet` with a data card, beside `lists.parquet` (all lists, with level) and `q_diff.npz`.
 """
 
@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
 from deftlib import store
-from deftlib.method import heads
-from deftlib.method.distribution import count_tokens, discrepancy, mean_response_hidden, reward_direction
+from deftlib.method.distribution import count_tokens, discrepancy
 from deftlib.method.grading import distribution_levels, extreme_sides, levels, per_subset, sides
-from deftlib.models import policies, rewards
-from deftlib.models.loop import with_progress
+from deftlib.models import features, policies, rewards
 from deftlib.preferences import lists as ranked_lists
 from deftlib.preferences.lists import read_lists
 from deftlib.preferences.sources import files
@@ -115,19 +112,14 @@ def _input_digests(source, data):
 def scored(profile):
     """Folder with `lists.parquet`: the policy part with r_train's rewards, in the order that `data.rank_by` names."""
     source = parts(profile)
-    policy_part, r_train = source / "policy.parquet", rewards.reward_model(profile, "train", source)
-    spec, budget = profile.reward_models.train, profile.reward_models.score_token_budget
+    policy_part, r_train = source / "policy.parquet", rewards.judge(profile, "train", source)
     rank_by = profile.data.rank_by
-    key = {"lists": store.digest(policy_part), "r_train": policies.identity(r_train), "rank_by": rank_by}
-    key |= {"text_format": spec.text_format, "max_tokens": spec.max_tokens}
+    key = {"lists": store.digest(policy_part), "r_train": r_train.identity(), "rank_by": rank_by}
 
     def produce(folder):
         lists = read_lists(policy_part)
-        model, tokenizer = rewards.load_reward_model(r_train)
-        prompts = [p for p, responses in zip(lists["prompt"], lists["responses"]) for _ in responses]
-        replies = [reply for responses in lists["responses"] for reply in responses]
-        flat = iter(rewards.score(model, tokenizer, prompts, replies, spec, budget, "r_train"))
-        rows = [{**row, "rewards": [next(flat) for _ in row["responses"]]} for row in lists]
+        of_lists = r_train.of_lists(policy_part)
+        rows = [{**row, "rewards": of_list.tolist()} for row, of_list in zip(lists, of_lists)]
         rows = [best_first(row) for row in rows] if rank_by == "reward" else rows
         Dataset.from_list(rows, features=lists.features).to_parquet(folder / "lists.parquet")
 
@@ -159,9 +151,10 @@ def graded(profile, grading):
         key |= {"scored": store.digest(source)}
         produce = lambda folder: _grade_by_reward(profile, source, start, folder)
     else:
-        policy_part, counts, hidden = parts(profile) / "policy.parquet", counted(profile), response_hidden(profile)
-        key |= {"lists": store.digest(policy_part), "counted": store.digest(counts), "hidden": store.digest(hidden)}
-        produce = lambda folder: _grade_by_distribution(profile, policy_part, counts, hidden, folder)
+        policy_part, counts = parts(profile) / "policy.parquet", counted(profile)
+        key |= {"lists": store.digest(policy_part), "counted": store.digest(counts)}
+        key |= {"dtype": profile.policy.dtype, "bf16": profile.training.bf16}
+        produce = lambda folder: _grade_by_distribution(profile, policy_part, counts, folder)
     return read_graded(store.stage(profile, f"graded/{grading}", key, produce, "training.subset"))
 
 
@@ -175,7 +168,7 @@ def rule(profile, grading):
 
 def _grade_by_reward(profile, source, start, folder):
     lists = read_lists(source / "lists.parquet")
-    best = [rewards_[0] for rewards_ in lists["rewards"]]
+    best = [max(of_list) for of_list in lists["rewards"]]  # sec. 3.1: "the highest score within each sample"
     level = per_subset(levels, best, lists["subset"], **rule(profile, "reward"))
     list_sides = [
         sides(grade, row["rewards"]) if agrees(row) else extreme_sides(len(row["responses"]))
@@ -186,10 +179,11 @@ def _grade_by_reward(profile, source, start, folder):
     _publish(folder, lists.add_column("level", level.tolist()), counts, tokenizer, profile, "reward")
 
 
-def _grade_by_distribution(profile, policy_part, counted_folder, hidden, folder):
+def _grade_by_distribution(profile, policy_part, counted_folder, folder):
     tokenizer, lists = policies.load_tokenizer(policies.start_policy(profile)), read_lists(policy_part)
     counts = load_counts(counted_folder / "q_diff.npz")
-    reward = np.array([values[0] for values in distribution_rewards(hidden, discrepancy(*counts))])
+    of_lists = features.distribution_rewards(profile, policy_part, discrepancy(*counts))
+    reward = np.array([of_replies[0] for of_replies in of_lists])
     settings = rule(profile, "distribution")
     level = per_subset(
         distribution_levels, reward, lists["subset"], share=settings["keep"], direction=settings["direction"]
@@ -227,66 +221,6 @@ def count_lists(lists, list_sides, tokenizer, vocab_size, text):
 def vocabulary_size(policy):
     """Rows of the policy's output head: the length of q_diff."""
     return AutoConfig.from_pretrained(**policies.origin(policy)).get_text_config().vocab_size
-
-
-# ---- R_dis of many lists from one forward pass -------------------------------------------------------------------
-
-
-def response_hidden(profile):
-    """Folder with `hidden.npz`: the start policy's mean hidden state over every response of the policy part.
-
-    By the identity of `method.distribution` this is all that R_dis needs: one pass of the backbone, without its head,
-    serves every q_diff (`distribution_rewards`).
-    """
-    policy_part, start = parts(profile) / "policy.parquet", policies.start_policy(profile)
-    key = {"lists": store.digest(policy_part), "start": policies.identity(start), "text": vars(profile.text)}
-    key |= {"dtype": profile.policy.dtype}
-
-    def produce(folder):
-        lists = read_lists(policy_part)
-        model, tokenizer = policies.load_policy(start, profile.policy.dtype), policies.load_tokenizer(start)
-        states = mean_hidden_states(model, tokenizer, lists, profile.text, profile.reward_models.score_token_budget)
-        weight, bias, scale = heads.output_head(model)
-        arrays = {"weight": weight.detach().float().cpu().numpy(), "scale": scale, "states": states}
-        if bias is not None:
-            arrays["bias"] = bias.detach().float().cpu().numpy()
-        arrays["lengths"] = [len(responses) for responses in lists["responses"]]
-        np.savez(folder / "hidden.npz", **arrays)
-
-    return store.stage(profile, "hidden", key, produce, "training.subset")
-
-
-@torch.no_grad()
-def mean_hidden_states(model, tokenizer, lists, text, token_budget=8192):
-    """Mean last hidden state over the response tokens (EOS excluded) of every response: float32[sum of lengths, d]."""
-    rows = []
-    for row in lists:
-        prompt = policies.encode_prompt(tokenizer, row["prompt"], text)
-        rows += [(prompt, policies.encode_reply(tokenizer, reply, text)) for reply in row["responses"]]
-    states = np.zeros((len(rows), model.config.get_text_config().hidden_size), np.float32)
-    buckets = rewards.length_buckets([len(p) + len(r) for p, r in rows], token_budget)
-    for batch in with_progress(buckets, "hidden states", total=len(rows)):
-        padded = tokenizer.pad({"input_ids": [[*rows[i][0], *rows[i][1]] for i in batch]}, return_tensors="pt").to(
-            model.device
-        )
-        labels = torch.full_like(padded["input_ids"], -100)
-        for k, i in enumerate(batch):
-            prompt, reply = rows[i]
-            labels[k, len(prompt) : len(prompt) + len(reply)] = torch.tensor(reply)
-        labels[labels == tokenizer.eos_token_id] = -100
-        inputs = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "use_cache": False}
-        hidden = heads.backbone(model)(**inputs).last_hidden_state
-        states[batch] = mean_response_hidden(hidden, labels).float().cpu().numpy()
-    return states
-
-
-def distribution_rewards(hidden, q_diff):
-    """R_dis of every response under the start policy, from `response_hidden`'s folder: one float64 array a list."""
-    with np.load(hidden / "hidden.npz") as stored:
-        direction = reward_direction(torch.from_numpy(stored["weight"]).double(), q_diff).numpy()
-        offset = float(stored["bias"].astype(np.float64) @ q_diff) if "bias" in stored else 0.0
-        flat = stored["scale"] * (stored["states"].astype(np.float64) @ direction + offset)
-        return np.split(flat, np.cumsum(stored["lengths"])[:-1])
 
 
 # ---- publication -------------------------------------------------------------------------------------------------

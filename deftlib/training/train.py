@@ -8,7 +8,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 from trl import DPOConfig, RLOOConfig, SFTConfig
@@ -79,14 +78,15 @@ def _as_pair(row):
 # ---- fit ---------------------------------------------------------------------------------------------------------
 
 
-def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
+def fit(profile, method, seed=0, grading=None, omega=None, lists=None, updates=None):
     """Train one policy and return its published folder.
 
     method: one of METHODS, or `deft-` and one of them. A plain method learns from all lists of the policy part, a
     `deft-` method from level A of `grading` (the profile's first, if None) under that grading's q_diff. A plain method
     logs R_dis under the q_diff of all lists but never optimises it. omega overrides the profile's reading: a fixed
     weight (0 is level A without the reward) or an `Omega`. lists: a Parquet file of ranked lists in a published folder,
-    trained on instead of the method's own. Raises ValueError for an unknown method.
+    trained on instead of the method's own. updates: how many, instead of the recipe's epochs; the learning rate falls
+    to their end. Raises ValueError for an unknown method.
     """
     base, is_deft = method.removeprefix("deft-"), method.startswith("deft-")
     if base not in METHODS:
@@ -104,24 +104,25 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
     key |= {"dtype": profile.policy.dtype}
     key |= {"lists": store.digest(chosen), "q_diff": store.digest(q_diff_path), "omega": _plain(weight)}
     key["recipe"] = {name: value for name, value in vars(recipe).items() if name != "omega"}
-    key["training"] = _shared_settings(training)
+    key |= {"training": _shared_settings(training), "updates": updates}
     if base == "rloo":
-        r_train, spec = rewards.reward_model(profile, "train", subset.parts(profile)), profile.reward_models.train
-        key["r_train"] = [policies.identity(r_train), spec.text_format, spec.max_tokens]
+        key["r_train"] = rewards.judge(profile, "train", subset.parts(profile)).identity()
 
     def produce(folder):
-        _train(folder, profile, method, seed, start, read_lists(chosen), q_diff_path, weight)
+        _train(folder, profile, method, seed, start, read_lists(chosen), q_diff_path, weight, updates)
 
     suffix = "" if lists is None else "-" + lists.parent.name.rpartition("-")[0]
     if omega is not None:
         suffix += f"-{omega.reading}{omega.value:g}" if hasattr(omega, "reading") else f"-omega{omega:g}"
+    suffix += "" if updates is None else f"-{updates}updates"
     suffix += f"-{grading}" if is_deft and grading not in (None, training.gradings[0]) else ""
     return store.stage(profile, f"policies/{method}{suffix}-seed{seed}", key, produce, "training.train")
 
 
-def _train(folder, profile, method, seed, start, lists, q_diff_path, weight):
+def _train(folder, profile, method, seed, start, lists, q_diff_path, weight, updates):
     with PeakMemory() as memory:
-        trainer = build(folder, profile, method, seed, start, lists, q_diff_path)
+        more = {} if updates is None else {"max_steps": updates}
+        trainer = build(folder, profile, method, seed, start, lists, q_diff_path, **more)
         used = trainers.lists_used(trainer)  # refuses too few before anything is trained
         if used < len(trainer.train_dataset):
             print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
@@ -170,7 +171,8 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         pinned = {"model_init_kwargs": {"revision": place["revision"]}} if "revision" in place else {}
         args = RLOOConfig(**kwargs | _on_policy(profile, recipe) | pinned | more)
         common |= {"reward_funcs": _r_train_reward(profile), "text": profile.text}
-        return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=lists.select_columns("prompt"), **common)
+        rows = lists.select_columns(["prompt", "subset"])
+        return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=rows, **common)
     kwargs |= more
     encoded = encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
     if base == "sft":
@@ -217,13 +219,11 @@ def _on_policy(profile, recipe):
 
 def _r_train_reward(profile):
     """r_train's raw reward of what the policy says before the next turn, as TRL asks for it."""
-    spec = profile.reward_models.train
-    judge, tokenizer = rewards.load_reward_model(rewards.reward_model(profile, "train", subset.parts(profile)))
+    judge = rewards.judge(profile, "train", subset.parts(profile))
 
-    @torch.no_grad()
-    def r_train(prompts, completions, **_):
+    def r_train(prompts, completions, subset, **_):
         said = [generation.first_turn(completion) for completion in completions]
-        return rewards.score(judge, tokenizer, prompts, said, spec, profile.reward_models.score_token_budget)
+        return judge.score(prompts, said, subset).tolist()
 
     return r_train
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -23,8 +25,9 @@ from transformers import (
 )
 
 from deftlib import store
-from deftlib.models import policies, rewards
-from deftlib.models.rewards import encode, length_buckets, load_reward_model, reward_text, score
+from deftlib.models import features, policies, reward_heads, rewards
+from deftlib.models.loop import length_buckets
+from deftlib.models.rewards import encode, load_reward_model, reward_text, score
 from deftlib.preferences.lists import FEATURES, first_human_turn, read_lists
 from deftlib.profile import Profile, RewardModel
 from deftlib.training import subset
@@ -209,43 +212,107 @@ def parts(tmp_path, monkeypatch):
 
     def produce(folder):
         toy_lists(64, seed=0).to_parquet(folder / "reward_eval.parquet")
+        toy_lists(64, seed=2).to_parquet(folder / "reward_train.parquet")
         toy_lists(40, seed=1).to_parquet(folder / "dev.parquet")
 
     return store.stage(Profile.load("mini"), "parts", {}, produce, "training.subset")
 
 
 def test_a_reward_model_learns_a_separable_task_and_says_how_well(parts, monkeypatch):
-    profile = Profile.load("mini", TINY)
-    folder = rewards.reward_model(profile, "evaluate", parts)
-    measured = rewards.accuracy(folder)
-    assert measured.low < measured.mean <= measured.high and measured.mean >= 0.9 and measured.n == 40
-    assert json.loads((folder / "accuracy.json").read_text()) == measured._asdict()
-    model, tokenizer = load_reward_model(folder)
-    prompt, spec = toy_lists(1, seed=9)["prompt"][0], profile.reward_models.evaluate
-    good, bad = score(model, tokenizer, [prompt] * 2, [" gently please.", " dumb whatever."], spec)
+    judge = rewards.judge(Profile.load("mini"), "evaluate", parts)
+    ((axis, measured),) = judge.accuracy().items()
+    assert axis == "helpful" and measured.low < measured.mean <= measured.high
+    assert measured.mean >= 0.9 and measured.n == 40
+    prompt = toy_lists(1, seed=9)["prompt"][0]
+    good, bad = judge.score([prompt] * 2, [" gently please.", " dumb whatever."], ["toy"] * 2)
     assert good > bad
-    assert not (folder / "checkpoints").exists()
-    monkeypatch.setattr(rewards, "_train", lambda *args: pytest.fail("trained again"))
-    assert rewards.reward_model(profile, "evaluate", parts) == folder
+    monkeypatch.setattr(reward_heads, "fit_on_features", lambda *args, **more: pytest.fail("trained again"))
+    assert rewards.judge(Profile.load("mini"), "evaluate", parts).path == judge.path
+
+
+def test_kept_features_and_fresh_ones_give_the_same_rewards(parts):
+    judge, dev = rewards.judge(Profile.load("mini"), "train", parts), read_lists(parts / "dev.parquet")
+    kept = judge.of_lists(parts / "dev.parquet")
+    fresh = judge.score(dev["prompt"], [responses[1] for responses in dev["responses"]], dev["subset"])
+    assert [of_list[1] for of_list in kept] == pytest.approx(fresh.tolist(), abs=1e-4)
+
+
+def test_a_backbone_is_trained_with_its_heads_and_loads_again(parts):
+    spec = {"source": "policy", "freeze_backbone": False, "epochs": 2.0, "learning_rate": 1e-3, "batch_size": 16}
+    options = {"reward_models.evaluate": spec}
+    profile = Profile.load("mini", options)
+    judge = rewards.judge(profile, "evaluate", parts)
+    assert judge.accuracy()["helpful"].mean >= 0.9
+    assert (judge.path / "model.safetensors").is_file() and not (judge.path / "checkpoints").exists()
+    start = policies.load_policy(policies.start_policy(profile)).state_dict()
+    trained = features.reader(profile, "policy", judge.path).model.state_dict()
+    assert not torch.equal(trained["norm.weight"], start["model.norm.weight"])
+
+
+def test_a_finished_reward_model_is_used_as_it_is_and_passes_the_same_gate(parts, tmp_path):
+    tiny_model(tmp_path / "finished", "llama")
+    options = {"reward_models.train": {"source": str(tmp_path / "finished"), "train": False}}
+    judge = rewards.judge(Profile.load("mini", options), "train", parts)
+    prompts, replies = [PROMPT] * 2, [" w1 w2", " w3"]
+    by_hand = score(*load_reward_model(judge.path), prompts, replies, judge.spec)
+    assert judge.score(prompts, replies, ["toy"] * 2).tolist() == by_hand
+    assert judge.accuracy()["helpful"].n == 40
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------
+
+
+def two_axes(tmp_path, monkeypatch, right=0.9):
+    """Heads fitted on features whose first column harmless lists want high and helpful ones low."""
+    rng = np.random.default_rng(0)
+    states, wanted = rng.normal(size=(400, 3)), np.where(np.arange(200) < 100, 1, -1)
+    states[0::2, 0] += 2 * wanted * np.where(rng.random(200) < right, 1, -1)  # y_1 of each pair
+    prompts = [f"\n\nHuman: {i}?\n\nAssistant:" for i in range(200)]
+    lists = Dataset.from_dict({"subset": ["harmless-x"] * 100 + ["helpful-x"] * 100, "prompt": prompts})
+    monkeypatch.setattr(reward_heads, "read_lists", lambda path: lists)
+    monkeypatch.setattr(features, "of_lists", lambda *_: (states, np.full(200, 2)))
+    reward_heads.fit_on_features(None, SimpleNamespace(source="x"), None, tmp_path, "r")
+    return reward_heads.load(tmp_path), states, wanted
+
+
+def test_each_axis_has_a_head_that_knows_nothing_of_the_other(tmp_path, monkeypatch):
+    heads, _, _ = two_axes(tmp_path, monkeypatch)
+    first_high = np.array([[2.0, 0.0, 0.0], [-2.0, 0.0, 0.0]])
+    high, low = heads.rewards(first_high, ["harmless"] * 2)
+    assert high > low + 1
+    high, low = heads.rewards(first_high, ["helpful"] * 2)
+    assert high < low - 1
+
+
+def test_the_strength_is_chosen_on_dialogues_that_a_head_did_not_learn_from(tmp_path, monkeypatch):
+    two_axes(tmp_path, monkeypatch)
+    chosen = json.loads((tmp_path / "chosen.json").read_text())
+    assert {axis: of_axis["lists"] for axis, of_axis in chosen.items()} == {"harmless": 100, "helpful": 100}
+    assert all(of_axis["held-out loss"] < 0.6 for of_axis in chosen.values())
+    noise = [np.random.default_rng(i).normal(size=(2, 30)) for i in range(80)]
+    losses = reward_heads.held_out_losses(noise, np.arange(80) % 5)
+    assert min(losses, key=losses.get) >= 100 and losses[1.0] > np.log(2)  # the less a head says of noise, the better
+
+
+def test_newtons_method_finds_the_minimum():
+    rng = np.random.default_rng(1)
+    differences = rng.normal(size=(60, 4)) + [0.5, 0, 0, 0]
+    weights = reward_heads.fit(differences, strength=2.0)
+    wrong = 1 / (1 + np.exp(differences @ weights))
+    assert np.abs(2.0 * weights - differences.T @ wrong).max() < 1e-8
 
 
 def test_every_ordered_pair_of_a_list_is_learnt_from():
-    tokenizer, lists = policies.mini_tokenizer(), toy_lists(2, seed=0)
-    pairs = rewards._ordered_pairs(lists, tokenizer, SPEC)
-    y1, y2, y3 = [encode(tokenizer, lists[0]["prompt"], reply, SPEC) for reply in lists[0]["responses"]]
-    assert [(p["chosen_ids"], p["rejected_ids"]) for p in pairs][:3] == [(y1, y2), (y1, y3), (y2, y3)]
-    assert len(pairs) == 6
+    states = np.arange(6.0).reshape(3, 2)
+    assert reward_heads._differences([states]).tolist() == [[-2, -2], [-4, -4], [-2, -2]]
+    reader = features.reader(Profile.load("mini"), "words")
+    pairs = reward_heads._pairs(toy_lists(2, seed=0), reader)
+    assert len(pairs) == 6 and {pair["axes"] for pair in pairs} == {1}
 
 
-def test_a_frozen_backbone_leaves_the_head_to_train(tmp_path):
-    tiny_model(tmp_path, "llama")
-    model, _ = rewards._build(RewardModel(source=str(tmp_path), freeze_backbone=True), tmp_path, None)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["score.weight"]
-
-
-def test_a_finished_reward_model_is_used_as_it_is(parts):
-    profile = Profile.load("mini", {"reward_models.train": {"source": "someone/reward", "train": False}})
-    assert rewards.reward_model(profile, "train", parts) == "someone/reward"
+def test_a_subset_belongs_to_the_axis_it_is_named_after_and_others_are_helpful():
+    names = ["harmless-base", "helpful-online", "my-data"]
+    assert [reward_heads.axis_of(name) for name in names] == ["harmless", "helpful", "helpful"]
 
 
 def test_r_train_r_eval_policy_and_test_share_no_prompt(tmp_path, monkeypatch):
@@ -266,13 +333,3 @@ def test_a_language_model_is_no_finished_reward_model(tmp_path):
         policies.ModelError, match=r"lacks the weights score\.weight: it is not a finished reward model"
     ):
         load_reward_model(tmp_path)
-
-
-def test_another_tokenizer_of_the_mini_world_makes_another_reward_model(tmp_path, monkeypatch):
-    profile = Profile.load("mini")
-    identity = lambda: rewards._identity_of(profile.reward_models.evaluate, "mini", profile)
-    before = identity()
-    assert identity() == before
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(policies, "MINI_TOKENIZER", tmp_path / "tokenizer.json")
-    assert identity() != before

@@ -8,45 +8,105 @@ import pytest
 import yaml
 
 from deftlib import store
-from deftlib.intervals import Interval
-from deftlib.profile import Profile
-from deftlib.reporting import claims, report
+from deftlib.reporting import claims, records, report
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = report.published()
+PUBLISHED = records.published()
 PARTS = claims.parts(PUBLISHED)
 
 
+def recorded(ours, p=0.2, p_matters=None, seeds=3, judge=None, note="", **more):
+    return {"ours": ours, "p": p, "p_matters": p_matters, "seeds": seeds, "judge": judge, "note": note} | more
+
+
+def said(name, record):
+    return claims.verdicts(PARTS, {name: record})[name]
+
+
+# ---- the rule ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "direction", "said"),
-    [
-        (0.1, 2.0, +1, "reproduced (direction)"),
-        (0.1, 2.0, -1, "contradicted"),
-        (-2.0, -0.1, -1, "reproduced (direction)"),
-        (-2.0, -0.1, +1, "contradicted"),
-        (-0.1, 2.0, +1, "inconclusive"),
-        (0.0, 2.0, +1, "inconclusive"),  # an end at 0 does not exclude it
-        (-2.0, 0.0, -1, "inconclusive"),
-    ],
+    ("mean", "p", "verdict"),
+    [(2.0, 0.01, "reproduced (direction)"), (-2.0, 0.01, "contradicted"), (2.0, 0.06, "inconclusive")],
 )
-def test_the_verdict_asks_on_which_side_of_zero_the_interval_lies(low, high, direction, said):
-    assert claims.verdict(Interval((low + high) / 2, low, high, 50), direction) == said
+def test_the_adjusted_p_value_decides_and_the_mean_says_on_which_side(mean, p, verdict):
+    truth = {"name": "true reward", "accuracy": None}
+    assert said("data-volume", recorded([mean, mean - 1, mean + 1, 50], p, judge=truth)).said == verdict
+    lower = said("mt-bench / PRO - SFT", recorded([-mean, -mean - 1, -mean + 1, 50], p))
+    assert lower.said == verdict  # a claim that something falls
 
 
 def test_a_ratio_is_held_against_one():
-    assert claims.verdict(Interval(1.5, 0.9, 2.1, 3), +1, no_effect=1) == "inconclusive"
-    assert claims.verdict(Interval(1.5, 1.2, 2.1, 3), +1, no_effect=1) == "reproduced (direction)"
-    assert claims.verdict(Interval(0.6, 0.5, 0.9, 3), +1, no_effect=1) == "contradicted"
+    faster, slower = ([1.5, 1.2, 1.8, 3], [0.8, 0.7, 0.9, 3])
+    assert said("training-time", recorded(faster, p=0.01)).said == "reproduced (direction)"
+    assert said("training-time", recorded(slower, p=0.01)).said == "contradicted"
 
 
-def test_what_is_no_interval_has_no_verdict():
-    for low, high in [(1.0, 0.0), (float("nan"), 1.0)]:
-        with pytest.raises(ValueError, match="low <= high"):
-            claims.verdict(Interval(0.5, low, high, 5), +1)
+def test_within_a_family_p_values_are_holms():
+    assert claims.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4p, 3p, max(2p, before), p
+    assert claims.holm([]) == [] and claims.holm([0.9, 0.8]) == [1.0, 1.0]
+    family = [f"bleu-and-reward / {part}" for part in ("D3/PRO", "D3/DPO", "D2/PRO", "D2/DPO")]
+    records = {name: recorded([1.0, 0.1, 1.9, 50], p) for name, p in zip(family, (0.02, 0.9, 0.9, 0.9))}
+    alone = claims.verdicts(PARTS, {family[0]: records[family[0]]})[family[0]]
+    together = claims.verdicts(PARTS, records)[family[0]]
+    assert (alone.said, alone.p) == ("reproduced (direction)", 0.02)
+    assert together.said == "inconclusive" and together.p == pytest.approx(0.08)
 
 
-def test_the_smallest_effect_that_could_show_is_half_the_width():
-    assert claims.smallest_visible(Interval(0.3, -1.0, 2.0, 40)) == 1.5
+def test_half_of_the_published_effect_excluded_on_both_sides_is_no_effect():
+    record = recorded([0.1, -0.4, 0.6, 200], p=0.7, p_matters=0.001)
+    verdict = said("reward-gain-PRO-D3", record | {"judge": {"name": "true reward", "accuracy": None}})
+    assert verdict.said == "no effect" and verdict.reason == "less than 1.5 points either way"
+
+
+def test_an_inconclusive_one_says_what_would_have_shown():
+    verdict = said("data-volume", recorded([1.0, -2.0, 4.0, 30], judge={"name": "true reward", "accuracy": None}))
+    assert verdict.reason == "4.3 points would have shown"  # 1.43 times half of the width
+
+
+def test_what_follows_from_a_setting_is_no_finding():
+    record = recorded([75.0, 75.0, 75.0, 1], p=1e-4, note="share kept: 25 %")
+    assert said("cost / PRO/steps", record)[:2] == ("by construction", "share kept: 25 %")
+    assert said("cost / PRO/steps", recorded(None, note="75 %, of one run")).said == "by construction"
+
+
+def test_policies_trained_once_get_no_verdict_and_lists_need_no_seeds():
+    assert said("data-volume", recorded([5.0, 4.0, 6.0, 90], p=1e-4, seeds=1)).said == "one seed"
+    assert said("filter-direction / accuracy/helpful", recorded([5.0, 4.0, 6.0, 900], 1e-4, seeds=1)).said == (
+        "reproduced (direction)"
+    )
+
+
+def test_a_judge_that_is_a_coin_on_one_axis_judges_nothing():
+    accuracy = {"harmless": [0.6, 0.55, 0.65, 300], "helpful": [0.52, 0.49, 0.55, 900]}
+    record = recorded([5.0, 4.0, 6.0, 90], p=1e-4, judge={"name": "r_eval (tiny)", "accuracy": accuracy})
+    why = "r_eval (tiny) is not told apart from a coin on helpful lists"
+    assert said("data-volume", record)[:2] == ("no judge", why)
+    accuracy["helpful"][1] = 0.51
+    assert said("data-volume", record).said == "reproduced (direction)"
+
+
+def test_what_counts_for_nothing_is_in_no_family():
+    one_seed = recorded([5.0, 4.0, 6.0, 90], p=1e-4, seeds=1)
+    tested = recorded([1.0, 0.1, 1.9, 50], p=0.03)
+    found = claims.verdicts(PARTS, {"bleu-and-reward / D3/PRO": tested, "bleu-and-reward / D3/DPO": one_seed})
+    assert found["bleu-and-reward / D3/PRO"].p == 0.03
+
+
+def test_the_smallest_effect_that_matters_is_half_of_the_published_one():
+    assert claims.find(PARTS, "reward-gain-PRO-D3").smallest == pytest.approx(1.53)
+    assert claims.find(PARTS, "training-time").smallest == pytest.approx(7.5)  # 16 x is 15 from no effect
+    assert claims.find(PARTS, "rq-trajectory").smallest is None
+    assert claims.find(PARTS, "filter-direction", "accuracy/helpful").smallest == 1
+
+
+def test_every_family_and_measure_is_known():
+    by = {"judge", "text", "ratings", "people", "annotators", "itself", "seconds", "construction"}
+    assert {part.by for part in PARTS} == by and all(part.family for part in PARTS)
+
+
+# ---- what is claimed -----------------------------------------------------------------------------------------------
 
 
 def test_direction_and_size_are_those_of_the_published_number():
@@ -111,94 +171,3 @@ def test_every_claim_is_explained_and_nothing_else_is(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="do not agree on cost, of-our-own"):
         claims.parts(PUBLISHED)
-
-
-def recorded(ours, note="", **more):
-    return {"ours": ours, "note": note, "notebook": "04_mine", "command": "python -m x"} | {
-        "seconds": 4000.0,
-        "created": "2026-11-21T10:00:00+00:00",
-        **more,
-    }
-
-
-def row_of(page, name):
-    (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
-    header = next(line for line in page.splitlines() if line.startswith("| claim |"))
-    return dict(zip(*([cell.strip() for cell in text.strip("|").split(" | ")] for text in (header, line))))
-
-
-@pytest.fixture
-def notebook(tmp_path, monkeypatch):
-    """notebooks/04_mine.ipynb in a project of its own."""
-    sources = [
-        ("code", 'print("cost")'),
-        ("markdown", 'save_claim("cost")'),
-        ("code", 'save_claim(profile, "cost", x, N, part="PRO/time")'),
-        ("code", 'save_claim(profile, "cost", x, N,\n           part="DPO/time")'),
-    ]
-    (tmp_path / "notebooks").mkdir()
-    cells = [{"cell_type": kind, "source": source.splitlines(keepends=True)} for kind, source in sources]
-    (tmp_path / "notebooks" / "04_mine.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(store, "ROOT", tmp_path)
-
-
-def test_a_row_has_both_numbers_the_verdict_and_where_it_comes_from():
-    said = {"reward-gain-PRO-D3": recorded([1.25, 0.4, 3.2, 200])}
-    row = row_of(claims.page(Profile.load("smol"), PARTS, said), "reward-gain-PRO-D3")
-    assert row["published"] == "+3.06"
-    assert row["ours [95 %]"] == "+1.25 [+0.4, +3.2], n = 200"
-    assert row["verdict on the paper"] == "reproduced (direction)"
-    assert row["published size inside?"] == "yes"
-    assert (row["command"], row["time"]) == ("`python -m x`", "67 min on 2026-11-21")
-
-
-def test_an_inconclusive_row_says_what_would_have_shown_and_a_note_what_it_was_measured_by():
-    said = {"cost / PRO/time": recorded([1.0, -2.0, 4.0, 3], note="one machine")}
-    row = row_of(claims.page(Profile.load("smol"), PARTS, said), "cost / PRO/time")
-    assert row["verdict on the paper"] == "inconclusive: 3 % would have shown (one machine)"
-    assert (row["published"], row["published size inside?"]) == ("in words", "–")
-
-
-def test_what_was_not_tested_says_why():
-    said = {"mt-bench / PRO - SFT": recorded(None, note="no judge configured")}
-    page = claims.page(Profile.load("smol"), PARTS, said)
-    assert row_of(page, "mt-bench / PRO - SFT")["verdict on the paper"] == "not tested: no judge configured"
-    assert row_of(page, "data-volume")["verdict on the paper"] == "not tested: no notebook of this run recorded it"
-    assert f"Of {len(PARTS)} parts: 0 reproduced (direction), 0 contradicted, 0 inconclusive, {len(PARTS)} not" in page
-
-
-def test_mini_judges_the_code_and_never_the_paper():
-    page = claims.page(Profile.load("mini"), PARTS, {})
-    assert page.startswith("# Claims of the paper, profile mini: a verdict on the code, never on the paper\n")
-    assert "verdict on the code |" in page and "verdict on the paper |" not in page
-    assert "8 tables and 10 equations are not public" in page
-
-
-def test_the_cell_is_the_first_that_saves_claim_and_part_by_name(notebook):
-    sources = claims.code_cells("04_mine")
-    assert claims.cell_of(sources, "save_claim", "cost", "DPO/time") == 3  # markdown cells do not count
-    assert claims.cell_of(sources, "save_claim", "cost", "PRO/steps") is None
-    assert claims.code_cells("05_theirs") == []
-
-
-def test_a_row_links_to_its_cell(notebook):
-    said = {"cost / DPO/time": recorded([50.0, 40.0, 60.0, 3])}
-    row = row_of(claims.page(Profile.load("smol"), PARTS, said), "cost / DPO/time")
-    assert row["notebook and cell"] == "[04_mine, cell 3](../../notebooks/04_mine.ipynb)"
-
-
-def test_differences_list_every_setting_that_leaves_the_paper():
-    page = claims.differences(Profile.load("smol"))
-    assert "| `grading.top` | 3.73 | 25.0 |" in page
-    assert "| `evaluation.zero_shot` | Mistral, Zephyr | none |" in page
-    assert "`training.beta`" not in page  # 0.1 in both
-    assert claims.differences(Profile.load("paper")).rstrip().endswith("None: this is that profile.")
-
-
-def test_each_of_the_sixteen_decisions_names_a_test_that_exists():
-    text = (ROOT / "data" / "differences.md").read_text()
-    assert re.findall(r"^(\d+)\. \*\*", text, re.M) == [str(i) for i in range(1, 17)]
-    named = re.findall(r"\[(test_\w+)\]\(\.\./\.\./(tests/[\w/]+\.py)\)", text)
-    assert len(named) == 16
-    for test, path in named:
-        assert f"\ndef {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"

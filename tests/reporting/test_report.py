@@ -1,8 +1,5 @@
 """Tables and figures arrive with their numbers and their provenance, byte-identical for identical data."""
 
-import dataclasses
-import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
@@ -13,10 +10,9 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from deftlib import provenance, store
-from deftlib.intervals import Interval
+from deftlib import store
 from deftlib.profile import Profile
-from deftlib.reporting import report
+from deftlib.reporting import records, report
 
 
 @pytest.fixture
@@ -35,115 +31,10 @@ def test_a_table_is_written_three_ways_and_says_what_made_it(profile, tmp_path):
     assert (folder / "table9.csv").read_text() == "method,BLEU\nsft,1.23456\ndpo_x,2.0\n"
     assert "| sft      |  1.235 |" in (folder / "table9.md").read_text()
     assert r"dpo\_x & 2.000 " in (folder / "table9.tex").read_text()
-    entry = report.recorded_provenance(folder / "provenance.json")["artefacts"]["table9"]
+    entry = records.recorded_provenance(folder / "provenance.json")["artefacts"]["table9"]
     assert entry["notebook"] == "03_training" and entry["seeds"] == profile.seeds
     assert entry["command"] == "deft run notebooks/03_training.ipynb --profile mini"
     assert {"git", "packages", "device", "created"} <= entry["drawn"].keys()
-
-
-def published(profile, name, commit, seconds, monkeypatch):
-    """A stage as it was published some time ago, at another commit, and asked for by this process."""
-    old = {
-        "created": "2026-01-02T03:04:05+00:00",
-        "git": {"commit": commit, "dirty": False},
-        "packages": {"torch": "1"},
-    }
-    monkeypatch.setattr(store, "provenance", lambda: provenance.provenance() | old | {"device": "CPU of old"})
-    folder = store.stage(profile, name, {}, lambda folder: None, "method.grading")
-    manifest = json.loads((folder / store.MANIFEST).read_text())
-    (folder / store.MANIFEST).write_text(json.dumps({**manifest, "seconds": seconds}))
-    return list(store.used(profile))[-1]
-
-
-def test_a_table_lists_the_stages_it_rests_on_with_what_made_them_and_not_the_moment_of_drawing(
-    profile, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(store, "USED", {})
-    first = published(profile, "policies/sft", "a" * 40, 75.0, monkeypatch)
-    report.save_table(profile, "before", FRAME, title="A title", notebook="03_training")
-    second = published(profile, "replies/sft", "b" * 40, 5.0, monkeypatch)
-    report.save_table(profile, "after", FRAME, title="A title", notebook="03_training")
-    recorded = report.recorded_provenance(tmp_path / "mini/provenance.json")
-    assert [recorded["artefacts"][name]["stages"] for name in ("before", "after")] == [[first], [first, second]]
-    record = recorded["stages"][first]
-    assert (record["git"]["commit"], record["packages"], record["device"]) == ("a" * 40, {"torch": "1"}, "CPU of old")
-    assert (record["seconds"], record["created"]) == (75.0, "2026-01-02T03:04:05+00:00")
-    line = report.made_with(list(recorded["stages"].values()))
-    assert line.startswith("2 stages of 80 s; 2026-01-02; commit aaaaaaaaaa and commit bbbbbbbbbb; CPU of old")
-
-
-def test_a_stage_made_anew_under_its_key_does_not_take_the_place_of_the_one_a_table_rests_on(
-    profile, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(store, "USED", {})
-    first = published(profile, "policies/sft", "a" * 40, 75.0, monkeypatch)
-    report.save_table(profile, "before", FRAME, title="A title", notebook="03_training")
-    shutil.rmtree(tmp_path / "build" / "mini" / "policies")
-    again = published(profile, "policies/sft", "b" * 40, 5.0, monkeypatch)
-    report.save_table(profile, "after", FRAME, title="A title", notebook="04_evaluation")
-    recorded = report.recorded_provenance(tmp_path / "mini/provenance.json")
-    assert first.partition("@")[0] == again.partition("@")[0] and first != again
-    assert [recorded["artefacts"][name]["stages"] for name in ("before", "after")] == [[first], [again]]
-    commits = [recorded["stages"][stage]["git"]["commit"] for stage in (first, again)]
-    assert commits == ["a" * 40, "b" * 40]
-
-
-def test_two_settings_in_one_process_rest_on_their_own_stages(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "USED", {})
-    other = Profile.load("mini", {"grading.top": 10})
-    theirs = published(other, "graded/reward", "a" * 40, 1.0, monkeypatch)
-    ours = published(profile, "policies/sft", "a" * 40, 1.0, monkeypatch)
-    report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
-    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["stages"]) == [ours] != [theirs]
-
-
-def test_what_was_recorded_before_the_profiles_file_was_edited_says_so_and_counts_for_nothing(
-    profile, tmp_path, monkeypatch
-):
-    report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
-    report.save_claim(profile, "data-volume", Interval(5.0, 1.0, 9.0, 20), "06_ablation")
-    edited = dataclasses.replace(profile, seeds=[7])  # as the file says by now
-    assert edited.label == "mini"
-    report.save_claim(edited, "training-time", Interval(2.0, 1.5, 2.5, 3), "04_evaluation")
-    recorded = report.recorded_provenance(tmp_path / "mini/provenance.json")
-    assert recorded["settings"] == edited.digest() != recorded["artefacts"]["table9"]["settings"]
-    page = (tmp_path / "mini/claims.md").read_text()
-    (row,) = (line for line in page.splitlines() if line.startswith("| data-volume |"))
-    assert "not tested: recorded before the profile's file was edited: run its notebook again" in row
-    report.save_claim(edited, "data-volume", Interval(5.0, 1.0, 9.0, 20), "06_ablation")
-    assert "recorded before" not in (tmp_path / "mini/claims.md").read_text()
-
-
-def test_a_table_of_a_command_says_its_own_options_too(profile, tmp_path):
-    report.save_table(profile, "t", FRAME, "A title", "first_updates", seeds=[0], options="--methods sft")
-    entry = report.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"]["t"]
-    assert entry["command"] == "deft first-updates --profile mini --methods sft" and entry["seeds"] == [0]
-
-
-def test_a_stage_that_nothing_rests_on_any_more_is_forgotten(profile, tmp_path, monkeypatch):
-    for name in ("old", "new"):
-        monkeypatch.setattr(store, "USED", {})
-        stage = published(profile, name, "a" * 40, 1.0, monkeypatch)
-        report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
-    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["stages"]) == [stage]
-
-
-def test_each_setting_has_a_folder_of_its_own_with_its_profile_and_the_full_command(profile, tmp_path):
-    one = Profile.load("mini", {"grading.top": 10, "data.source": "/data/my lists.jsonl"})
-    other = Profile.load("mini", {"grading.top": 12.5, "data.source": "/data/my lists.jsonl"})
-    for each in (profile, one, other):
-        report.save_table(each, "table9", FRAME, title="A title", notebook="03_training")
-        report.save_claim(each, "training-time", None, "04_evaluation", note="not today")
-    folders = {path.name for path in tmp_path.iterdir()} - {"build"}
-    assert folders == {"mini", one.label, other.label} and one.label.startswith(
-        "mini,data.source=my-lists.jsonl,grading.top=10.0,"
-    )
-    assert "top: 10.0" in (tmp_path / one.label / "profile.yaml").read_text()
-    made = report.recorded_provenance(tmp_path / one.label / "provenance.json")["artefacts"]["table9"]
-    command = "deft run notebooks/03_training.ipynb --profile mini "
-    command += "--set 'data.source=/data/my lists.jsonl' --set grading.top=10.0"
-    assert made["command"] == command
-    assert command.replace("03_training", "04_evaluation") in (tmp_path / one.label / "claims.md").read_text()
 
 
 def test_two_notebooks_at_a_time_lose_no_record(profile, tmp_path):
@@ -151,7 +42,7 @@ def test_two_notebooks_at_a_time_lose_no_record(profile, tmp_path):
     names = [f"table{i}" for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(save, names))
-    assert report.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"].keys() == set(names)
+    assert records.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"].keys() == set(names)
 
 
 def test_the_same_figure_twice_is_the_same_file(profile, tmp_path):
@@ -167,12 +58,6 @@ def test_the_same_figure_twice_is_the_same_file(profile, tmp_path):
     assert not list((tmp_path / "mini").glob(".*"))
 
 
-def test_a_later_notebook_adds_to_the_provenance_of_an_earlier_one(profile, tmp_path):
-    report.save_table(profile, "b", FRAME, title="B", notebook="02_distribution")
-    report.save_table(profile, "a", FRAME, title="A", notebook="01_grading")
-    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["artefacts"]) == ["a", "b"]
-
-
 def test_a_text_with_an_unfit_word_is_not_shown():
     assert report.fit_to_show("Warm the classic dish, then assist the guest.")
     assert not report.fit_to_show("He was Killed.")
@@ -185,7 +70,7 @@ def test_a_token_is_readable_and_an_unfit_one_masked():
 
 
 def test_the_published_counts_are_at_hand():
-    assert report.published()["anonymous"]["table1_counts"]["total"] == [160793, 6000, 8552]
+    assert records.published()["anonymous"]["table1_counts"]["total"] == [160793, 6000, 8552]
 
 
 def test_published_rows_stand_under_subset_and_metric_in_the_papers_order():
@@ -296,46 +181,6 @@ def test_text_is_escaped_in_titles_labels_and_cells(profile, tmp_path):
     assert r"| ω = 0 | a_b &lt;c> {d} |" in lines_of(tmp_path, "md")[4]
 
 
-def test_a_claim_is_recorded_with_its_verdict_and_both_pages_are_written(profile, tmp_path):
-    gain = Interval(1.25, 0.4, 2.1, 200)
-    report.save_claim(profile, "reward-gain-PRO-D3", gain, "04_evaluation", note="true reward")
-    report.save_claim(profile, "mt-bench", None, "05_mt_bench", part="DPO - SFT", note="no judge configured")
-    page = (tmp_path / "mini/claims.md").read_text()
-    assert "| +3.06 | +1.25 [+0.4, +2.1], n = 200 | reproduced (direction) (true reward) | no |" in page
-    assert "not tested: no judge configured" in page
-    assert "`deft run notebooks/05_mt_bench.ipynb --profile mini`" in page
-    assert "| `grading.top` | 3.73 | 25.0 |" in (tmp_path / "mini/differences.md").read_text()
-    kept = json.loads((tmp_path / "mini/claims.json").read_text())
-    assert list(kept) == ["reward-gain-PRO-D3", "mt-bench / DPO - SFT"]
-    assert kept["reward-gain-PRO-D3"]["ours"] == [1.25, 0.4, 2.1, 200]
-    assert {"created", "seconds", "stages", "drawn"} <= kept["reward-gain-PRO-D3"].keys()
-
-
-def test_the_time_of_a_claim_is_that_of_the_stages_it_rests_on(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "USED", {})
-    stages = [published(profile, "policies/dpo", "a" * 40, 200.0, monkeypatch)]
-    stages += [published(profile, "replies/dpo", "a" * 40, 100.0, monkeypatch)]
-    report.save_claim(profile, "data-volume", Interval(0.0, -1.0, 1.0, 20), "06_ablation")
-    assert "| 5 min on 2026-01-02" in (tmp_path / "mini/claims.md").read_text()
-    assert list(report.recorded_provenance(tmp_path / "mini/provenance.json")["stages"]) == stages
-
-
-def test_claims_that_no_longer_exist_are_dropped_and_a_new_number_replaces_the_old(profile, tmp_path):
-    report.save_claim(profile, "training-time", Interval(2.0, 1.5, 2.5, 3), "04_evaluation")
-    path = tmp_path / "mini/claims.json"
-    path.write_text(json.dumps({"of old": {"ours": None}, **json.loads(path.read_text())}))
-    report.save_claim(profile, "training-time", Interval(3.0, 2.5, 3.5, 3), "04_evaluation")
-    assert {name: record["ours"][0] for name, record in json.loads(path.read_text()).items()} == {"training-time": 3.0}
-
-
-def test_a_claim_needs_a_known_name_and_a_number_or_a_reason(profile, tmp_path):
-    with pytest.raises(ValueError, match="did you mean 'training-time'"):
-        report.save_claim(profile, "trainingtime", None, "04_evaluation", note="x")
-    with pytest.raises(ValueError, match="say why in `note`"):
-        report.save_claim(profile, "training-time", None, "04_evaluation")
-    assert not (tmp_path / "mini").exists()
-
-
 def test_labels_of_points_keep_their_order_and_stay_apart_and_inside():
     report.style()
     fig, ax = plt.subplots()
@@ -365,5 +210,5 @@ def test_a_label_with_room_stands_beside_its_point_although_limits_are_lazy():
 
 def test_the_command_of_a_table_is_its_notebook_or_its_module():
     profile = Profile.load("smol")
-    assert report._command(profile, "07_methods") == "deft run notebooks/07_methods.ipynb --profile smol"
-    assert report._command(profile, "first_updates") == "deft first-updates --profile smol"
+    assert records._command(profile, "07_methods") == "deft run notebooks/07_methods.ipynb --profile smol"
+    assert records._command(profile, "first_updates") == "deft first-updates --profile smol"

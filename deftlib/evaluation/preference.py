@@ -1,0 +1,85 @@
+"""What the humans said: does a policy put the reply that people preferred above the other? No judge, no generation.
+
+    right = preference.right(profile, policy_folders, parts)      # {"harmless": float[S, N], "helpful": float[S, N]}
+
+A policy that learned from preferences should have raised y_1 more than y_l: its *preference accuracy* is the share of
+held-out human pairs on which its log-ratio to the start policy ranks y_1 above y_l.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from deftlib import store
+from deftlib.models import generation, policies
+from deftlib.models.loop import length_buckets, with_progress
+from deftlib.models.reward_heads import AXES, axis_of
+from deftlib.preferences.lists import read_lists, sample
+from deftlib.training.trainers import collate_lists, response_log_probs
+
+LOG_RATIO, LOG_PROBABILITY = "log-ratio to the start policy", "mean log-probability"
+
+
+def right(profile, folders, parts, measure=LOG_RATIO):
+    """{axis: float[S, N]}: 1 where y_1 is above y_l, 0 where it is below, 0.5 where they tie; one row a folder.
+
+    folders: of one method's policies, a seed each. measure: LOG_RATIO, in which the start policy ties everywhere, or
+    LOG_PROBABILITY, nats a token, which knows no start policy.
+    """
+    start = likelihoods(profile, policies.start_policy(profile), parts)
+    rows = []
+    for folder in folders:
+        own = likelihoods(profile, folder, parts)
+        if measure == LOG_RATIO:
+            gap = (own["sum_1"] - start["sum_1"]) - (own["sum_l"] - start["sum_l"])
+        else:
+            gap = own["sum_1"] / own["tokens_1"] - own["sum_l"] / own["tokens_l"]
+        rows.append((np.sign(gap) + 1) / 2)
+    values, axes = np.stack(rows), start["subset"].map(axis_of).to_numpy()
+    return {axis: values[:, axes == axis] for axis in AXES if axis in axes}
+
+
+def likelihoods(profile, policy, parts):
+    """Log-likelihoods of the held-out pairs' replies: id, subset, sum_1, tokens_1, sum_l, tokens_l. Published.
+
+    The pairs are y_1 and y_l of `evaluation.preference_lists` lists of the dev part, equally over its subsets; tokens
+    are those that a policy is trained on.
+    """
+    size, dev = profile.evaluation.preference_lists, parts / "dev.parquet"
+    key = {"policy": policies.identity(policy), "dev": store.digest(dev), "lists": size, "text": vars(profile.text)}
+    key |= {"dtype": profile.policy.dtype, "bf16": profile.training.bf16}
+
+    def produce(folder):
+        lists = read_lists(dev)
+        lists = sample(lists, size) if 0 < size < len(lists) else lists
+        model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
+        pairs = [(row["prompt"], row["responses"][which]) for row in lists for which in (0, -1)]
+        label = f"human pairs, {generation.name_of(policy)}"
+        sums, tokens = _log_likelihoods(profile, model, tokenizer, pairs, label)
+        frame = pd.DataFrame({"id": lists["id"][:], "subset": lists["subset"][:]})
+        for k, name in enumerate("1l"):
+            frame[f"sum_{name}"], frame[f"tokens_{name}"] = sums[k::2], tokens[k::2]
+        frame.to_parquet(folder / "likelihoods.parquet")
+
+    name = f"preference/{generation.name_of(policy)}"
+    return pd.read_parquet(store.stage(profile, name, key, produce, "evaluation.preference") / "likelihoods.parquet")
+
+
+@torch.no_grad()
+def _log_likelihoods(profile, model, tokenizer, pairs, label):
+    """(sums, tokens): float64[N] and int64[N] of (prompt, reply) pairs, in nats."""
+    text, budget = profile.text, profile.reward_models.score_token_budget
+    rows = [
+        {"prompt_ids": policies.encode_prompt(tokenizer, prompt, text), "rewards": [0.0]}
+        | {"response_ids": [policies.encode_reply(tokenizer, reply, text)]}
+        for prompt, reply in pairs
+    ]
+    lengths = [len(row["prompt_ids"]) + len(row["response_ids"][0]) for row in rows]
+    sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    for batch in with_progress(length_buckets(lengths, budget), label, total=len(rows)):
+        padded = collate_lists([rows[i] for i in batch], tokenizer.pad_token_id)
+        inputs = {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=profile.training.bf16):
+            of_batch = response_log_probs(model, model, **inputs)
+        sums[batch], tokens[batch] = (values.double().cpu().numpy() for values in of_batch)
+    return sums, tokens

@@ -1,0 +1,172 @@
+"""What a frozen backbone makes of replies: its mean hidden state over each reply's tokens, computed once and kept.
+
+    states, lengths = of_lists(profile, "policy", path)      # float32[replies, d], responses of each list
+    rewards = distribution_rewards(profile, path, q_diff)    # R_dis of each reply under the start policy
+
+By the identity of `method.distribution` the start policy's states are all that R_dis needs: one pass of the backbone,
+without its head, serves every q_diff. The same states are what the heads of reward models learn on.
+
+A source of features is "policy", the start policy as it reads in training (`text`); "words", how often each token of a
+reply's text occurs; or a sentence encoder: a name in `policies.WHEELS`, a path or a hub id.
+"""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModel
+
+from deftlib import store
+from deftlib.method import heads
+from deftlib.method.distribution import IGNORED, mean_response_hidden, reward_direction
+from deftlib.models import policies
+from deftlib.models.loop import length_buckets, with_progress
+from deftlib.preferences.lists import read_lists
+
+BLOCK = 1024  # replies between two files that an interrupted run goes on from
+WORDS = 2048  # columns of "words": token ids beyond share them
+
+
+class Reader(NamedTuple):
+    """A backbone without its head, and how it reads: `encode(prompt, reply)` -> (ids before the reply, ids of it)."""
+
+    model: torch.nn.Module | None  # None: "words"
+    encode: Callable
+    tokenizer: object
+    is_bf16: bool
+    token_budget: int  # padded tokens of a batch
+
+
+def of_lists(profile, source, path):
+    """(float32[N, d], int64[lists]): the states of all replies of the lists in a Parquet file, one after another.
+
+    Published; an interrupted run goes on after its last 1,024 replies.
+    """
+    key = {"lists": store.digest(path), **identity(profile, source)}
+
+    def produce(folder):
+        lists = read_lists(path)
+        pairs = [(row["prompt"], reply) for row in lists for reply in row["responses"]]
+        np.save(folder / "states.npy", _in_blocks(reader(profile, source), pairs, folder, path.stem))
+        np.save(folder / "lengths.npy", [len(responses) for responses in lists["responses"]])
+
+    name = f"features/{policies.short_name(source)}-{path.stem}"
+    folder = store.stage(profile, name, key, produce, "models.features")
+    return np.load(folder / "states.npy", mmap_mode="r"), np.load(folder / "lengths.npy")
+
+
+def distribution_rewards(profile, path, q_diff):
+    """R_dis of every reply of a Parquet file's lists under the start policy: one float64 array a list."""
+    states, lengths = of_lists(profile, "policy", path)
+    with np.load(_head(profile) / "head.npz") as head:
+        direction = reward_direction(torch.from_numpy(head["weight"]).double(), q_diff).numpy()
+        offset = float(head["bias"].astype(np.float64) @ q_diff) if "bias" in head else 0.0
+        flat = head["scale"] * (states.astype(np.float64) @ direction + offset)
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+def identity(profile, source):
+    """What the states of a source rest on, for a key."""
+    start = policies.start_policy(profile) if source in ("policy", "words") else policies.resolve(source)
+    read = {"backbone": policies.identity(start), "text": vars(profile.text), "source": source}
+    return read | {"dtype": profile.policy.dtype, "bf16": profile.training.bf16}
+
+
+def reader(profile, source, weights=None):
+    """The `Reader` of a source, in evaluation mode on the GPU if there is one. weights: from another folder."""
+    start = policies.start_policy(profile) if source in ("policy", "words") else policies.resolve(source)
+    tokenizer, text = policies.load_tokenizer(start), profile.text
+    if source == "words":
+        model, encode = None, lambda prompt, reply: _as_policy(tokenizer, prompt, reply, text)
+    elif source == "policy":
+        dtype = profile.policy.dtype
+        model = _load(weights) if weights else heads.backbone(policies.load_policy(start, dtype))
+        encode = lambda prompt, reply: _as_policy(tokenizer, prompt, reply, text)
+    else:
+        model = _load(weights or start)
+        limit = min(text.prompt_tokens + text.reply_tokens, model.config.max_position_embeddings)
+        encode = lambda prompt, reply: _as_encoder(tokenizer, prompt, reply, limit)
+    return Reader(model, encode, tokenizer, profile.training.bf16, profile.reward_models.score_token_budget)
+
+
+def states(reader, prompts, replies, label="features"):
+    """Mean last hidden state over the tokens of each reply: float32[N, d]; of "words" how often each token occurs."""
+    rows = [reader.encode(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    if reader.model is None:
+        return np.stack([np.bincount(np.array(said, int) % WORDS, minlength=WORDS) for _, said in rows]).astype(
+            "float32"
+        )
+    found = np.zeros((len(rows), reader.model.config.get_text_config().hidden_size), np.float32)
+    buckets = length_buckets([len(before) + len(said) for before, said in rows], reader.token_budget)
+    for batch in with_progress(buckets, label, total=len(rows)):
+        with torch.no_grad():
+            found[batch] = batch_states(reader, [rows[i] for i in batch]).cpu().numpy()
+    return found
+
+
+def batch_states(reader, rows):
+    """float32[B, d] of one batch of encoded replies, with a graph where gradients are on."""
+    length, device = max(len(before) + len(said) for before, said in rows), reader.model.device
+    ids = torch.full((len(rows), length), reader.tokenizer.pad_token_id)
+    labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+    for k, (before, said) in enumerate(rows):
+        end = len(before) + len(said)
+        ids[k, :end], mask[k, :end] = torch.tensor([*before, *said]), 1
+        labels[k, len(before) : end] = torch.tensor(said)
+    with torch.autocast(device.type, torch.bfloat16, enabled=reader.is_bf16):
+        hidden = reader.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+    return mean_response_hidden(hidden.float(), labels.to(device))
+
+
+def _load(place):
+    """A backbone alone, from a folder or hub id."""
+    return AutoModel.from_pretrained(**policies.origin(place)).to(policies.device()).eval()
+
+
+def _as_policy(tokenizer, prompt, reply, text):
+    """As the policy reads them in training; its EOS is no part of the reply."""
+    ids = policies.encode_reply(tokenizer, reply, text)
+    said = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    return policies.encode_prompt(tokenizer, prompt, text), said
+
+
+def _as_encoder(tokenizer, prompt, reply, limit):
+    """[CLS] prompt reply, cut on the left to `limit` tokens."""
+    words = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else []
+    said = words(reply)[: limit - len(first)]
+    room = limit - len(first) - len(said)
+    return [*first, *(words(prompt)[-room:] if room else [])], said
+
+
+def _in_blocks(reader, pairs, folder, label):
+    """`states` of all pairs; each block is on disk before the next one starts."""
+    starts = range(0, len(pairs), BLOCK)
+    files = [folder / f"block-{start:09d}.npy" for start in starts]
+    for start, file in zip(starts, files):
+        if not file.is_file():
+            of_block = f"features of {label}, {start} of {len(pairs)} done"
+            partial = file.with_suffix(".tmp.npy")
+            np.save(partial, states(reader, *zip(*pairs[start : start + BLOCK]), of_block))
+            os.replace(partial, file)
+    found = np.concatenate([np.load(file) for file in files])
+    for file in files:
+        file.unlink()
+    return found
+
+
+def _head(profile):
+    """Folder with `head.npz`: weight, scale and, where there is one, bias of the start policy's output head."""
+    start = policies.start_policy(profile)
+
+    def produce(folder):
+        weight, bias, scale = heads.output_head(policies.load_policy(start, profile.policy.dtype))
+        arrays = {"weight": weight.detach().float().cpu().numpy(), "scale": scale}
+        if bias is not None:
+            arrays["bias"] = bias.detach().float().cpu().numpy()
+        np.savez(folder / "head.npz", **arrays)
+
+    key = {"start": policies.identity(start), "dtype": profile.policy.dtype}
+    return store.stage(profile, "features/head", key, produce, "models.features")
