@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deftlib import provenance
+from deftlib.preferences.lists import read_lists
 
 VOCAB = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37))])}
 EOS = VOCAB["<eos>"]
@@ -95,3 +97,25 @@ def make_lists():
 def q_diff():
     values = torch.rand(len(VOCAB), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return (values - values.mean()).numpy()
+
+
+class FakeJudge:
+    """A reward model whose reward of a reply is `value(reply)`, its length unless given; `scored` is what it saw."""
+
+    name, path = "r_train (fake)", "someone/reward"
+
+    def __init__(self, value=len, spec=None):
+        self.value, self.spec, self.scored = value, spec, []
+
+    def identity(self):
+        return {"judge": self.path, "spec": self.spec and vars(self.spec)}
+
+    def score(self, prompts, replies, subsets, label=""):
+        assert len(prompts) == len(replies) == len(subsets)
+        self.scored += list(replies)
+        return np.array([float(self.value(reply)) for reply in replies])
+
+    def of_lists(self, path):
+        responses = read_lists(path)["responses"][:]
+        self.scored += [reply for of_list in responses for reply in of_list]
+        return [np.array([float(self.value(reply)) for reply in of_list]) for of_list in responses]

@@ -145,7 +145,7 @@ def test_changes_are_what_the_file_does_not_say_and_give_the_same_profile_again(
         "grading": {"top": 10},
         "data.shares": {"policy": 0.5},
         "training.dpo.learning_rate": 1e-6,
-        "seeds": [0, 1],
+        "seeds": [0, 1, 2],
     }
     changed = Profile.load("mini", overrides)
     assert changed.changes == {"data.shares.policy": 0.5, "grading.top": 10.0, "training.dpo.learning_rate": 1e-6}

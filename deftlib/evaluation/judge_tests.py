@@ -36,7 +36,7 @@ def pairs(place):
     frame = pd.DataFrame(rows, columns=["set", "axis", "prompt", "better", "worse"])
     frame["prompt"] = [f"\n\nHuman: {prompt.strip()}\n\nAssistant:" for prompt in frame["prompt"]]
     for side in ("better", "worse"):
-        frame[side] = [f" {reply.strip()}" for reply in frame[side]]
+        frame[side] = [f" {str(reply).strip()}" for reply in frame[side]]  # PandaLM has an answer that is `true`
     return frame
 
 

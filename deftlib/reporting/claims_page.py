@@ -30,7 +30,7 @@ def page(profile, parts, recorded):
 
     recorded: {part name: record}, as `report.save_claim` keeps them and `claims.verdicts` takes them.
     """
-    recorded = {name: record if _is_of(profile, record) else _outdated(record) for name, record in recorded.items()}
+    recorded = {name: _as_it_counts(profile, record) for name, record in recorded.items()}
     found = claims.verdicts(parts, recorded)
     cells = {name: code_cells(name) for name in {record["notebook"] for record in recorded.values()}}
     is_mini = profile.data.source == "mini"
@@ -97,13 +97,12 @@ def _judge(part, record):
     return ", ".join([judge["name"], *shares])
 
 
-def _is_of(profile, record):
-    """Whether it was recorded under these settings; older records do not tell."""
-    return record.get("settings", profile.digest()) == profile.digest()
-
-
-def _outdated(record):
-    return {**record, "ours": None, "note": "recorded before the profile's file was edited: run its notebook again"}
+def _as_it_counts(profile, record):
+    """The record, without its number where that was made under another rule or other settings than these."""
+    older = "by an older rule" if "seeds" not in record else None
+    if record.get("settings", profile.digest()) != profile.digest():
+        older = "before the profile's file was edited"
+    return {**record, "ours": None, "note": f"recorded {older}: run its notebook again"} if older else record
 
 
 def _duration(seconds):

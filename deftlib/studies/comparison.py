@@ -136,9 +136,7 @@ def deft_effect(profile, frames):
     for m in profile.comparison.methods:
         of_run = {"plain": values[m], "deft": values[f"deft-{m}"]} | {name: values[m, name] for name in CONTROLS}
         rows |= {(m, step): (of_run[more], of_run[less]) for step, (more, less) in STEPS.items()}
-    effect = _differences(rows)
-    effect.index = pd.MultiIndex.from_tuples(effect.index, names=["method", "step"])
-    return effect
+    return _differences(rows).rename_axis(["method", "step"])
 
 
 def behind_best(profile, frames):
@@ -148,7 +146,8 @@ def behind_best(profile, frames):
     """
     values = _values(profile, frames)
     best = max(values, key=lambda method: values[method].mean())
-    return _differences({m: np.broadcast_arrays(values[best], values[m]) for m in values if m != best})
+    behind = {m: np.broadcast_arrays(values[best], values[m]) for m in values if m != best}
+    return _differences(behind).rename_axis("method")
 
 
 def _values(profile, frames):
@@ -159,8 +158,8 @@ def _values(profile, frames):
 
 def _differences(pairs):
     """One row for each pair of float[S, N]: the first minus the second, with its 95 % interval."""
-    rows = {method: paired_interval(*pair)._asdict() for method, pair in pairs.items()}
-    return pd.DataFrame(rows).T.rename(columns={"mean": "difference", "n": "prompts"}).rename_axis("method")
+    rows = {name: paired_interval(*pair)._asdict() for name, pair in pairs.items()}
+    return pd.DataFrame(rows).T.rename(columns={"mean": "difference", "n": "prompts"})
 
 
 def frontier(costs, values):

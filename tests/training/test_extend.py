@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import servers
+from conftest import FakeJudge
 from servers import KEY, VERSION
 
 from deftlib import store
@@ -28,16 +29,9 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def reward_by_length(monkeypatch):
     """A reward model that likes long replies; returns the replies it was shown."""
-    seen = []
-
-    def score(model, tokenizer, prompts, replies, spec, budget, label):
-        seen.extend(replies)
-        return [float(len(reply)) for reply in replies]
-
-    monkeypatch.setattr(rewards, "reward_model", lambda *args: "someone/reward")
-    monkeypatch.setattr(rewards, "load_reward_model", lambda path: (None, None))
-    monkeypatch.setattr(rewards, "score", score)
-    return seen
+    judge = FakeJudge()
+    monkeypatch.setattr(rewards, "judge", lambda *args: judge)
+    return judge.scored
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import FakeJudge
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, PhiCon
 
 from deftlib import store
 from deftlib.method.distribution import distribution_reward
-from deftlib.models import policies, rewards
+from deftlib.models import features, policies, rewards
 from deftlib.preferences.lists import FEATURES, PreferenceError, read_lists
 from deftlib.profile import Profile, Text
 from deftlib.training import subset
@@ -162,17 +163,15 @@ def test_another_grading_is_refused():
 
 @pytest.fixture
 def scoring(monkeypatch):
-    """A reward model that likes long replies; the specs it was asked with are recorded."""
-    asked = []
+    """A reward model that likes long replies; those that scored are returned."""
+    judges = []
 
-    def score(model, tokenizer, prompts, replies, spec, *rest):
-        asked.append(spec)
-        return [float(len(reply)) for reply in replies]
+    def judge(profile, which, parts):
+        judges.append(FakeJudge(spec=profile.reward_models.train))
+        return judges[-1]
 
-    monkeypatch.setattr(rewards, "reward_model", lambda *args: "someone/reward")
-    monkeypatch.setattr(rewards, "load_reward_model", lambda path: (None, None))
-    monkeypatch.setattr(rewards, "score", score)
-    return asked
+    monkeypatch.setattr(rewards, "judge", judge)
+    return judges
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_another_text_format_of_a_finished_reward_model_scores_again(publish, sc
     publish([("s", [" a", " b"], None)])
     for text_format in ("plain", "oasst", "plain"):
         scored(Profile.load("mini", {"reward_models.train.text_format": text_format}))
-    assert [spec.text_format for spec in scoring] == ["plain", "oasst"]
+    assert [judge.spec.text_format for judge in scoring if judge.scored] == ["plain", "oasst"]
 
 
 # ---- counting ------------------------------------------------------------------------------------------------------
@@ -202,6 +201,14 @@ def test_another_text_format_of_a_finished_reward_model_scores_again(publish, sc
 
 def count(rows, sides, **text):
     return [by_word(c) for c in subset.count_lists(as_lists(rows), sides, words(), len(VOCABULARY), Text(**text))]
+
+
+def test_level_a_is_by_the_highest_score_of_a_list_whoever_has_it(policy, publish):
+    """Sec. 3.1: "based on the highest score within each sample"; under annotation that need not be y_1's."""
+    best_second = [("s", [" a", " b"], [1.0, 9.0]), ("s", [" c", " d"], [5.0, 0.0])]
+    publish([*best_second, *[("s", [" e", " a"], [0.1, 0.0])] * 2])
+    graded = subset.graded(profile(policy()), "reward")
+    assert graded.lists["level"][:] == ["A", "B", "B", "C"]  # by y_1 it would be the second
 
 
 def test_only_response_text_is_counted():
@@ -266,7 +273,8 @@ def test_r_dis_from_stored_states_is_that_of_full_logits(policy, publish, kind, 
     start, q_diff = policy(kind), np.random.default_rng(0).normal(size=len(VOCABULARY))
     q_diff -= q_diff.mean()
     overrides = {"reward_models.score_token_budget": token_budget}
-    stored = subset.distribution_rewards(subset.response_hidden(profile(start, **overrides)), q_diff)
+    changed = profile(start, **overrides)
+    stored = features.distribution_rewards(changed, subset.parts(changed) / "policy.parquet", q_diff)
     assert [len(values) for values in stored] == [2, 3, 2, 2, 2, 2]
     expected = from_logits(start, PAIRS, q_diff)
     assert np.concatenate(stored) == pytest.approx(expected, abs=1e-5)
@@ -454,16 +462,16 @@ def test_reward_models_are_not_trained_again_for_another_order_or_other_test_lis
     shares = {"policy": 0.2, "reward_train": 0.2, "reward_eval": 0.2, "dev": 0.2, "test": 0.2}
     own = {"source": str(source), "shares": shares}
     trained = []
-    monkeypatch.setattr(rewards, "_train", lambda profile, which, *_: trained.append(which))
+    monkeypatch.setattr(rewards.reward_heads, "fit_on_features", lambda *_, label: trained.append(label))
     for more in ({}, {"rank_by": "reward"}, {"max_reject_share": 0.2}, {"test_lists": 20}, {"train_lists": 20}):
-        changed = Profile.load("mini", {"data": {**own, **more}, "reward_models.train.source": "mini"})
+        changed = Profile.load("mini", {"data": {**own, **more}})
         folder = subset.parts(changed)
         for which in ("train", "evaluate"):
-            rewards.reward_model(changed, which, folder)
-    assert trained == ["train", "evaluate"]
-    fewer = Profile.load("mini", {"data": {**own, "reward_lists": 20}, "reward_models.train.source": "mini"})
-    rewards.reward_model(fewer, "train", subset.parts(fewer))
-    assert trained == ["train", "evaluate", "train"]
+            rewards.judge(changed, which, folder)
+    assert trained == ["r_train", "r_evaluate"]
+    fewer = Profile.load("mini", {"data": {**own, "reward_lists": 20}})
+    rewards.judge(fewer, "train", subset.parts(fewer))
+    assert trained == ["r_train", "r_evaluate", "r_train"]
 
 
 def test_another_revision_of_a_data_set_on_the_hub_is_another_result(monkeypatch, hub):

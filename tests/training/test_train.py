@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import FakeJudge
 from datasets import Dataset
 
 from deftlib.models import policies
@@ -120,6 +121,7 @@ def test_omega_by_ratio_is_calibrated_once_and_remembered(counted, tmp_path):
 # ---- a whole training --------------------------------------------------------------------------------------------
 
 TEXTS = [ranked(f"w{i} w{i + 1} w3", f"w{30 - i} w4", prompt=f"w{i} w9", name=str(i)) for i in range(12)]
+TEXTS = [{**row, "subset": "s"} for row in TEXTS]
 QUICK = {
     "training.batch_size": 2,
     "training.log_steps": 1,
@@ -146,7 +148,7 @@ def run(folder, start, method, kill_after=None, monkeypatch=None):
     with monkeypatch.context() as patch:
         patch.setattr(train, "Progress", Progress)
         lists = Dataset.from_list(TEXTS)
-        train._train(folder, Profile.load("mini", QUICK), method, 0, start, lists, q_diff, Omega("ratio", 0.5, 2))
+        train._train(folder, Profile.load("mini", QUICK), method, 0, start, lists, q_diff, Omega("ratio", 0.5, 2), None)
     return folder
 
 
@@ -183,7 +185,7 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(method, start, t
 def test_a_plain_method_logs_r_dis_and_never_optimises_it(start, tmp_path):
     kwargs = {"method": "sft", "seed": 0, "start": start, "q_diff_path": start.parent / "q_diff.npz", "weight": 0.0}
     (tmp_path / "sft").mkdir()
-    train._train(tmp_path / "sft", Profile.load("mini", QUICK), lists=Dataset.from_list(TEXTS), **kwargs)
+    train._train(tmp_path / "sft", Profile.load("mini", QUICK), lists=Dataset.from_list(TEXTS), updates=None, **kwargs)
     record = json.loads((tmp_path / "sft" / "summary.json").read_text())
     assert (record["omega"], record["omega_reading"], record["gradient_ratio"]) == (0.0, 0.0, [])
     assert (record["method"], record["lists"], record["updates"]) == ("sft", 12, 6)
@@ -209,19 +211,13 @@ def test_every_method_trains_with_and_without_the_reward(method, start, tmp_path
 
 
 def test_r_train_judges_what_is_said_before_the_next_turn(monkeypatch):
-    asked = {}
-
-    def score(judge, tokenizer, prompts, replies, *rest):
-        asked.update(zip(prompts, replies))
-        return [1.0] * len(prompts)
-
-    monkeypatch.setattr(train.rewards, "reward_model", lambda *_: "r_train")
-    monkeypatch.setattr(train.rewards, "load_reward_model", lambda path: (path, None))
-    monkeypatch.setattr(train.rewards, "score", score)
+    judge = FakeJudge(lambda reply: 1.0)
+    monkeypatch.setattr(train.rewards, "judge", lambda *_: judge)
     monkeypatch.setattr(train.subset, "parts", lambda profile: None)
     r_train = train._r_train_reward(Profile.load("mini"))
-    assert r_train(["p", "q"], [" Yes.\n\nHuman: and then?", " No."], trainer_state=None) == [1.0, 1.0]
-    assert asked == {"p": " Yes.", "q": " No."}
+    said = [" Yes.\n\nHuman: and then?", " No."]
+    assert r_train(["p", "q"], said, subset=["s", "s"], trainer_state=None) == [1.0, 1.0]
+    assert judge.scored == [" Yes.", " No."]
 
 
 def counts_w3(prompts, completions, **_):
