@@ -37,7 +37,8 @@ rooms = $(wildcard $(patsubst %,deftlib/%/*.py,$(1)))
 MOST := method preferences reporting models training
 $(OUT)/00_walkthrough.ipynb: $(call rooms,method reporting)
 $(patsubst %,$(OUT)/%.ipynb,01_grading 03_training 04_evaluation 05_mt_bench human_rating): $(call rooms,$(MOST) evaluation)
-$(patsubst %,$(OUT)/%.ipynb,02_distribution 06_ablation 07_methods): $(call rooms,$(MOST) evaluation studies)
+$(OUT)/02_distribution.ipynb: $(call rooms,$(MOST) studies)
+$(patsubst %,$(OUT)/%.ipynb,06_ablation 07_methods): $(call rooms,$(MOST) evaluation studies)
 
 $(OUT)/07_methods.ipynb: $(wildcard figures/smol/table_first_updates.csv)
 

@@ -6,8 +6,6 @@ from datasets import Dataset
 
 from deftlib import store
 from deftlib.intervals import paired_interval
-from deftlib.models import rewards
-from deftlib.preferences.lists import FEATURES
 from deftlib.profile import Profile
 from deftlib.studies import filtering
 from deftlib.training import subset
@@ -19,22 +17,20 @@ def learned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "ROOT", tmp_path_factory.mktemp("study"))
         profile = Profile.load("mini", {"filtering": {"draws": 3, "shares": [50.0]}})
-        yield filtering.right_by_choice(profile, subset.parts(profile)), profile
+        yield filtering.right_by_choice(profile, subset.parts(profile))
 
 
 def test_every_choice_share_and_axis_has_its_draws_and_pairs(learned):
-    right, profile = learned
     names = {(c, s, a) for c in filtering.CHOICES for s in (25.0, 50.0) for a in ("harmless", "helpful")}
-    assert right.keys() == names
-    assert all(values.shape[0] == 3 and set(np.unique(values)) <= {0.0, 0.5, 1.0} for values in right.values())
-    assert right["random", 25.0, "helpful"].shape == right["level A", 50.0, "helpful"].shape
+    assert learned.keys() == names
+    assert all(values.shape[0] == 3 and set(np.unique(values)) <= {0.0, 0.5, 1.0} for values in learned.values())
+    assert learned["random", 25.0, "helpful"].shape == learned["level A", 50.0, "helpful"].shape
 
 
 def test_in_the_mini_world_the_lists_of_lowest_r_dis_are_mislabelled_and_teach_the_opposite(learned):
-    right, profile = learned
-    gap = paired_interval(right["lowest R_dis", 25.0, "helpful"], right["random", 25.0, "helpful"])
+    gap = paired_interval(learned["lowest R_dis", 25.0, "helpful"], learned["random", 25.0, "helpful"])
     assert gap.high < -0.2
-    assert right["level A", 25.0, "helpful"].mean() > 0.75
+    assert learned["level A", 25.0, "helpful"].mean() > 0.75
 
 
 def test_choices_are_of_one_size_in_each_subset():
@@ -61,7 +57,6 @@ def test_what_was_counted_and_chosen_from_was_not_seen_by_the_grader_nor_by_the_
     }
     pool = ids["pool"] | ids["reward_eval"]
     assert not pool & ids["reward_train"] and not pool & ids["dev"]
-    assert rewards.judge and FEATURES
 
 
 def test_a_handful_of_lists_teaches_nothing():
