@@ -3,6 +3,7 @@
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
+# make statistics         simulate how often the intervals hold the truth: figures/statistics/
 # make clean              remove results (kept answers of judges and ratings of people too), keep .venv and downloads
 
 PROFILE ?= mini
@@ -73,7 +74,7 @@ clean:
 	rm -rf build figures/mini figures/mini,*
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1
