@@ -176,6 +176,7 @@ class Evaluation:
     zero_shot: list[ZeroShot] = field(default_factory=list)  # rows beside the start policy
     bart: str = ""  # BARTScore's model, facebook/bart-large-cnn; empty: the start policy's log-likelihood, named so
     refiner: Endpoint = field(default_factory=Endpoint)  # rewrites the references, anonymous Fig. 2
+    pair_judge: Endpoint = field(default_factory=Endpoint)  # says which of two replies is better, axis by axis
     human_prompts: int = 125  # per subset, sec. 4.3
     preference_lists: int = 0  # held-out lists on which a policy's preference accuracy is measured; 0 = all of dev
 

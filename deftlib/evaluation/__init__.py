@@ -1,5 +1,6 @@
 """How good the replies of a policy are: by reward model, by text scores, by a judge, by people.
 
+    pair_judge     an LLM behind an endpoint that prefers one of two replies, held to human labels
     judge_tests    reward models on human-labelled pairs from elsewhere
     preference     what the humans said: how often a policy ranks held-out pairs as they did
     human_eval     blind pairs, the page on which people rate them, win rates and agreement
