@@ -241,7 +241,7 @@ class Settings:
     def digest(self, *sections):
         """12 hex digits over the named sections (all, if none): part of the key of a published result."""
         values = {name: value for name, value in self._tree().items() if not sections or name in sections}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        return _digest(values)
 
     def settings(self):
         """{"grading.top": 25.0, ...}: every setting by its dotted name."""
@@ -265,6 +265,7 @@ class Profile(Settings):
     """
 
     label: str = field(kw_only=True, compare=False)
+    written: str = field(kw_only=True, compare=False)  # 12 hex digits over file and overrides: no defaults of the code
     changes: dict = field(kw_only=True, compare=False)  # {dotted name: value} of what overrides changed
 
     @classmethod
@@ -299,7 +300,7 @@ class Profile(Settings):
         chosen = typed.build(Settings, tree)
         were = plain.settings()
         changes = {key: value for key, value in chosen.settings().items() if key not in were or were[key] != value}
-        return cls(**vars(chosen), label=_label(chosen, changes), changes=changes)
+        return cls(**vars(chosen), label=_label(chosen, changes), written=_digest(tree), changes=changes)
 
     @property
     def options(self):
@@ -342,6 +343,11 @@ def _label(settings, changes):
     said = ",".join(f"{key}={one_line(value).rpartition('/')[2]}" for key, value in changes.items())
     readable = re.sub(r"[^\w.,=+-]+", "-", said)[:80]
     return f"{settings.name},{readable},{settings.digest()[:8]}" if changes else settings.name
+
+
+def _digest(tree):
+    """12 hex digits over a nested dict."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _without_passwords(text):

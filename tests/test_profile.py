@@ -178,6 +178,13 @@ def test_an_edit_of_the_file_while_a_run_goes_on_changes_no_label(tmp_path, monk
     assert Profile.load("mini").digest() == other.digest() != plain.digest()
 
 
+def test_what_is_written_is_the_file_with_overrides_and_not_the_codes_defaults(monkeypatch):
+    plain, other = Profile.load("mini"), Profile.load("mini", {"grading.top": 10})
+    assert plain.written == Profile.load("mini").written != other.written
+    monkeypatch.setattr(profile_module.Evaluation.__dataclass_fields__["human_prompts"], "default", 7)
+    assert Profile.load("mini").written == plain.written
+
+
 def test_a_profile_for_a_part_of_the_work_keeps_the_label_of_the_whole():
     whole = Profile.load("mini", {"grading.top": 10})
     part = dataclasses.replace(whole, seeds=[5])

@@ -100,7 +100,7 @@ def _judge(part, record):
 def _as_it_counts(profile, record):
     """The record, without its number where that was made under another rule or other settings than these."""
     older = "by an older rule" if "seeds" not in record else None
-    if record.get("settings", profile.digest()) != profile.digest():
+    if record.get("settings", profile.written) != profile.written:
         older = "before the profile's file was edited"
     return {**record, "ours": None, "note": f"recorded {older}: run its notebook again"} if older else record
 

@@ -44,7 +44,7 @@ def save_claim(profile, claim, ours, notebook, part="", note="", judge=None):
         raise ValueError(f"{name} is judged by a reward model: say which in `judge`")
     path, stages, drawn = folder_of(profile) / "claims.json", store.used(profile), provenance()
     record = _measured(ours, explained) | {"note": note, "judge": judge and _plain_judge(judge)}
-    record |= {"notebook": notebook, "command": _command(profile, notebook), "settings": profile.digest()}
+    record |= {"notebook": notebook, "command": _command(profile, notebook), "settings": profile.written}
     record |= {"seconds": sum(stage["seconds"] for stage in stages.values()), "stages": list(stages)}
     newest = max([stage["created"] for stage in stages.values()], default=drawn["created"])
     record |= {"created": newest, "drawn": drawn}
@@ -129,7 +129,7 @@ def record(profile, name, title, notebook, seeds, options=""):
     """Add to `provenance.json` what made this table or figure: its stages are those that were asked for by then."""
     made = {"title": title, "notebook": notebook, "command": _command(profile, notebook, options)}
     made |= {
-        "settings": profile.digest(),
+        "settings": profile.written,
         "seeds": profile.seeds if seeds is None else seeds,
         "stages": list(store.used(profile)),
     }
@@ -150,7 +150,7 @@ def _write_provenance(profile, added):
     artefacts = known["artefacts"] | added
     needed = {stage for each in [*artefacts.values(), *claimed.values()] for stage in each["stages"]}
     stages = known["stages"] | store.used(profile)
-    record = {"settings": profile.digest(), "artefacts": dict(sorted(artefacts.items()))}
+    record = {"settings": profile.written, "artefacts": dict(sorted(artefacts.items()))}
     record["stages"] = {stage: stages[stage] for stage in sorted(needed & stages.keys())}
     store.write_atomic(path, json.dumps(record, indent=1) + "\n")
     store.write_atomic(path.with_name("profile.yaml"), f"{profile}\n")

@@ -93,11 +93,11 @@ def test_what_was_recorded_before_the_profiles_file_was_edited_says_so_and_count
 ):
     report.save_table(profile, "table9", FRAME, title="A title", notebook="03_training")
     records.save_claim(profile, "data-volume", CLEAR, "06_ablation", judge=TRUTH)
-    edited = dataclasses.replace(profile, seeds=[7])  # as the file says by now
+    edited = dataclasses.replace(profile, seeds=[7], written="edited")  # as the file says by now
     assert edited.label == "mini"
     records.save_claim(edited, "training-time", FASTER, "04_evaluation")
     recorded = records.recorded_provenance(tmp_path / "mini/provenance.json")
-    assert recorded["settings"] == edited.digest() != recorded["artefacts"]["table9"]["settings"]
+    assert recorded["settings"] == edited.written != recorded["artefacts"]["table9"]["settings"]
     page = (tmp_path / "mini/claims.md").read_text()
     (row,) = (line for line in page.splitlines() if line.startswith("| data-volume |"))
     assert "not tested: recorded before the profile's file was edited: run its notebook again" in row
