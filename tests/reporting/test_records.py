@@ -7,6 +7,7 @@ import shutil
 import matplotlib
 import numpy as np
 import pandas as pd
+import places
 import pytest
 
 matplotlib.use("Agg")
@@ -22,13 +23,7 @@ FASTER, SLOWER = Samples([[2.0], [2.1], [1.9]]), Samples([[3.0], [3.1], [2.9]])
 TRUTH = {"name": "true reward"}
 
 
-@pytest.fixture
-def profile(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "figures_dir", lambda name: tmp_path / name)
-    monkeypatch.setattr(store, "build_dir", lambda name: tmp_path / "build" / name)
-    return Profile.load("mini")
-
-
+profile = places.profile
 FRAME = pd.DataFrame({"BLEU": [1.23456, 2.0]}, index=pd.Index(["sft", "dpo_x"], name="method"))
 
 

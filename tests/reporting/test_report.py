@@ -5,23 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 import matplotlib
 import numpy as np
 import pandas as pd
+import places
 import pytest
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from deftlib import store
 from deftlib.profile import Profile
 from deftlib.reporting import records, report
 
-
-@pytest.fixture
-def profile(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "figures_dir", lambda name: tmp_path / name)
-    monkeypatch.setattr(store, "build_dir", lambda name: tmp_path / "build" / name)
-    return Profile.load("mini")
-
-
+profile = places.profile
 FRAME = pd.DataFrame({"BLEU": [1.23456, 2.0]}, index=pd.Index(["sft", "dpo_x"], name="method"))
 
 

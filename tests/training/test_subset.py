@@ -468,10 +468,10 @@ def test_reward_models_are_not_trained_again_for_another_order_or_other_test_lis
         folder = subset.parts(changed)
         for which in ("train", "evaluate"):
             rewards.judge(changed, which, folder)
-    assert trained == ["r_train", "r_evaluate"]
+    assert trained == ["r_train", "r_eval"]
     fewer = Profile.load("mini", {"data": {**own, "reward_lists": 20}})
     rewards.judge(fewer, "train", subset.parts(fewer))
-    assert trained == ["r_train", "r_evaluate", "r_train"]
+    assert trained == ["r_train", "r_eval", "r_train"]
 
 
 def test_another_revision_of_a_data_set_on_the_hub_is_another_result(monkeypatch, hub):
