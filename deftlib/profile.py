@@ -185,6 +185,7 @@ class Evaluation:
 class MTBench:
     questions: int = 80  # equally over the eight categories
     methods: list[str] = field(default_factory=list)  # beside the start policy; sec. 4.3: sft, pro, dpo and DEFT's two
+    seeds: list[int] = field(default_factory=lambda: [0])  # of the policies; a judge is paid for each
     prompt_tokens: int = 1536  # of the conversation so far, cut on the left
     max_new_tokens: int = 1024  # FastChat's limit
     judge: Endpoint = field(default_factory=Endpoint)

@@ -6,6 +6,7 @@
     human_eval     blind pairs, the page on which people rate them, win rates and agreement
     refine         reference answers rewritten by a stronger model
     mt_bench       MT-Bench: asks the judge (through `models.endpoint`), reads and averages its ratings
+    questions      MT-Bench's questions, judge prompts and right answers
     mini_bench     MT-Bench's format in the mini world, with a judge by rule
     evaluate       replies to the test prompts with their scores; methods compared
     metrics        BLEU, BARTScore, likelihood, KL divergence, distinct-n

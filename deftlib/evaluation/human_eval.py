@@ -3,7 +3,7 @@ which more helpful? A method is set against its DEFT twin on the same prompts.
 
     sheet, key, folder = prepare(profile, deft_replies, plain_replies, "deft-dpo", "dpo")
     RatingPage(sheet, folder / "ratings")                 # in a notebook; or send folder / "sheet.csv" to people
-    ratings, key = collected(profile, deft_replies, plain_replies, "deft-dpo", "dpo")
+    ratings, key = collected(profile, [deft_replies], [plain_replies], "deft-dpo", "dpo")  # one each a seed
     aggregate(ratings, key)                               # win, tie and lose of deft-dpo, with intervals
 
 A sheet names no method; its key, which does, is kept in another folder. A CSV file holds what one rater says: the sheet
@@ -26,7 +26,7 @@ from nltk.metrics.agreement import AnnotationTask
 from nltk.metrics.distance import binary_distance
 
 from deftlib import store
-from deftlib.intervals import Interval, Samples, mean_interval, wilson_interval
+from deftlib.intervals import Samples, wilson_interval
 from deftlib.preferences import mini_world
 
 ASPECTS = ["harmless", "helpful"]
@@ -45,6 +45,7 @@ class RatingError(ValueError):
 def prepare(profile, frame_a, frame_b, name_a, name_b, seed=0):
     """(sheet, key, folder) of one comparison: `make_sheet` of `evaluation.human_prompts` a subset, written to files.
 
+    seed: of the policies that are compared; each has a sheet of its own, of the same prompts.
     `sheet.csv` and the raters' files, in `ratings/`, are below the folder, `build/<profile>/human/<sheet>/`; its name
     comes from the replies and tells no method. The key is written beside the folders, to `keys/<sheet>.csv`.
     """
@@ -60,14 +61,14 @@ def make_sheet(frame_a, frame_b, name_a, name_b, per_subset, seed=0):
     """Two policies' replies as blind pairs: (sheet, key), two DataFrames with one row a pair, in shuffled order.
 
     frame_a, frame_b: `evaluate.replies` of the two, of which sample 0 is shown. At most `per_subset` prompts of each
-    subset are drawn, the same for every two policies under one seed; who is reply 1 is a coin toss for each pair.
-    sheet: pair, prompt, reply_1, reply_2. key: pair, id, subset, a, b (the names), a_side ("1" or "2").
+    subset are drawn, the same for every two policies; who is reply 1 is a coin toss for each pair.
+    sheet: pair, prompt, reply_1, reply_2. key: pair, id, subset, seed, a, b (the names), a_side ("1" or "2").
     Raises ValueError if the two did not answer the same prompts.
     """
     a, b = (f[f["sample"] == 0].set_index("id", verify_integrity=True).sort_index() for f in (frame_a, frame_b))
     if not a["prompt"].equals(b["prompt"]):
         raise ValueError(f"{name_a} and {name_b} must answer the same prompts under the same ids")
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     ids = [i for _, group in a.groupby("subset") for i in draw.permutation(group.index)[:per_subset]]
     toss = np.random.default_rng([seed, *f"{name_a} {name_b}".encode()])  # another order and sides for another two
     rows = []
@@ -75,9 +76,9 @@ def make_sheet(frame_a, frame_b, name_a, name_b, per_subset, seed=0):
         a_side = ANSWERS[2 * toss.integers(2)]
         one, two = (a, b) if a_side == "1" else (b, a)
         replies = one.loc[i, "reply"], two.loc[i, "reply"]
-        pair = "p" + store.content_key([i, *replies])[:8]  # a letter first, or spreadsheets read 12e4 as a number
-        rows.append([pair, a.loc[i, "prompt"], *replies, i, a.loc[i, "subset"], name_a, name_b, a_side])
-    names = ["pair", "prompt", "reply_1", "reply_2", "id", "subset", "a", "b", "a_side"]
+        pair = "p" + store.content_key([seed, i, *replies])[:8]  # a letter first: spreadsheets read 12e4 as a number
+        rows.append([pair, a.loc[i, "prompt"], *replies, i, a.loc[i, "subset"], seed, name_a, name_b, a_side])
+    names = ["pair", "prompt", "reply_1", "reply_2", "id", "subset", "seed", "a", "b", "a_side"]
     frame = pd.DataFrame(rows, columns=names)
     return frame[names[:4]], frame[["pair", *names[4:]]]
 
@@ -141,29 +142,32 @@ def rate_by_true_reward(sheet, margin=5.0):
     return pd.DataFrame(rows, columns=["pair", "rater", *ASPECTS])
 
 
-def collected(profile, frame_a, frame_b, name_a, name_b, seed=0):
-    """(ratings, key) of the comparison that `prepare` makes from the same arguments; ratings is None without any.
+def collected(profile, frames_a, frames_b, name_a, name_b):
+    """(ratings, key) over the sheets that `prepare` makes of every seed's replies; ratings is None without any.
 
-    On mini the one rater is the true reward; else all files in the folder's `ratings/` are read, and a line is printed
-    for each. Raises RatingError as `read_ratings` does.
+    frames_a, frames_b: `evaluate.replies` of the two, one DataFrame a seed of the profile. On mini the one rater is the
+    true reward; else all files in the folders' `ratings/` are read, and a line is printed for each.
+    Raises RatingError as `read_ratings` does.
     """
-    sheet, key, folder = prepare(profile, frame_a, frame_b, name_a, name_b, seed)
-    if profile.data.source == "mini":
-        return rate_by_true_reward(sheet), key
-    several = []
-    for path in sorted((folder / "ratings").glob("*.csv")):
-        ratings, incomplete = read_ratings(path, key)
-        print(f"{path.stem}: {len(key) - incomplete} of {len(key)} pairs rated in full")
-        several.append(ratings)
+    several, keys = [], []
+    for seed, frame_a, frame_b in zip(profile.seeds, frames_a, frames_b):
+        sheet, key, folder = prepare(profile, frame_a, frame_b, name_a, name_b, seed)
+        keys.append(key)
+        if profile.data.source == "mini":
+            several.append(rate_by_true_reward(sheet))
+        for path in sorted((folder / "ratings").glob("*.csv")):
+            ratings, incomplete = read_ratings(path, key)
+            print(f"{path.stem}: {len(key) - incomplete} of {len(key)} pairs rated in full")
+            several.append(ratings)
     ratings = pd.concat(several, ignore_index=True) if several else pd.DataFrame()
-    return (None if ratings.empty else ratings), key
+    return (None if ratings.empty else ratings), pd.concat(keys, ignore_index=True)
 
 
 # ---- results -----------------------------------------------------------------------------------------------------
 
 
 def by_pair(ratings, key):
-    """One row for each aspect and pair: aspect, subset, pair, win, tie, lose of `a`, which sum to 1.
+    """One row for each aspect and pair: aspect, subset, id, seed, pair, win, tie, lose of `a`, which sum to 1.
 
     A pair that several people rated has the shares of their answers, so it still counts as one.
     Raises RatingError for a pair without a key.
@@ -173,15 +177,15 @@ def by_pair(ratings, key):
         raise RatingError(f"no key for pair {answers.loc[answers['a'].isna(), 'pair'].iloc[0]!r}")
     won, tied = answers["answer"] == answers["a_side"], answers["answer"] == "tie"
     answers = answers.assign(win=won, tie=tied, lose=~won & ~tied)
-    return answers.groupby(["aspect", "subset", "pair"], as_index=False)[OUTCOMES].mean()
+    return answers.groupby(["aspect", "subset", "id", "seed", "pair"], as_index=False)[OUTCOMES].mean()
 
 
 def aggregate(ratings, key):
     """How often `a` wins, ties and loses against `b`, in per cent of pairs: one row an (aspect, subset), and "total".
 
     Columns: win, tie, lose and net = win - lose, each with low and high, its 95 % interval; pairs; raters. Shares have
-    Wilson's interval, with pairs (not answers) as trials: two ratings of a pair are not two pairs. net has that of a
-    mean over pairs, NaN where there is one.
+    Wilson's interval, with prompts as trials: neither two ratings of a pair nor its replies under two seeds are two.
+    net has that of `net_win`, NaN where there is none.
     """
     outcomes, answers = by_pair(ratings, key), _answers(ratings)
     rows = {}
@@ -189,19 +193,23 @@ def aggregate(ratings, key):
         for subset, pairs in [*of_aspect.groupby("subset"), ("total", of_aspect)]:
             row = {}
             for name in OUTCOMES:
-                share, low, high, _ = wilson_interval(pairs[name].sum(), len(pairs))
+                prompts = pairs["id"].nunique()
+                share, low, high, _ = wilson_interval(pairs[name].mean() * prompts, prompts)
                 row |= {name: 100 * share, f"{name} low": 100 * low, f"{name} high": 100 * high}
-            net = _net(pairs)
-            row |= dict(zip(("net", "net low", "net high"), net))
+            net = _samples(pairs, "win", "lose")
+            interval = net.interval() if net else [100 * (pairs["win"] - pairs["lose"]).mean(), np.nan, np.nan]
+            row |= dict(zip(("net", "net low", "net high"), interval))
             given = answers.merge(pairs[["aspect", "pair"]])
             rows[aspect, subset] = row | {"pairs": len(pairs), "raters": given["rater"].nunique()}
     return pd.DataFrame.from_dict(rows, "index").rename_axis(["aspect", "subset"])
 
 
 def net_win(ratings, key, aspect):
-    """Wins minus losses of `a` in one aspect, in per cent of all pairs: `Samples`; None if none or one was rated."""
-    pairs = by_pair(ratings, key).query("aspect == @aspect")
-    return Samples(100 * pairs["win"], 100 * pairs["lose"]) if len(pairs) > 1 else None
+    """Wins minus losses of `a` in one aspect, in per cent: `Samples` over the prompts that were rated under every seed.
+
+    A seed that nobody rated is left out. None where fewer than two prompts are left.
+    """
+    return _samples(by_pair(ratings, key).query("aspect == @aspect"), "win", "lose")
 
 
 def harmless_over_helpful(ratings, key):
@@ -209,13 +217,16 @@ def harmless_over_helpful(ratings, key):
 
     The paper says the first is larger. None if fewer than two pairs have both answers.
     """
-    wins = by_pair(ratings, key).pivot(index="pair", columns="aspect", values="win").reindex(columns=ASPECTS).dropna()
-    return Samples(100 * wins["harmless"], 100 * wins["helpful"]) if len(wins) > 1 else None
+    wins = by_pair(ratings, key).pivot(index=["id", "seed"], columns="aspect", values="win").reindex(columns=ASPECTS)
+    return _samples(wins.dropna().reset_index(), *ASPECTS)
 
 
-def _net(pairs):
-    values = 100 * (pairs["win"] - pairs["lose"])
-    return mean_interval(values) if len(values) > 1 else Interval(values.mean(), np.nan, np.nan, 1)
+def _samples(pairs, ours, other):
+    """`Samples` in per cent of two columns over the seeds and prompts (id) that stand in a DataFrame; None for one."""
+    if len(pairs) < 2:
+        return None
+    values = pairs.pivot(index="seed", columns="id", values=[ours, other]).dropna(axis=1)
+    return Samples(100 * values[ours].to_numpy(), 100 * values[other].to_numpy()) if values.shape[1] > 2 else None
 
 
 def agreement(ratings):

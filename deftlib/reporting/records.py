@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from deftlib import store
-from deftlib.intervals import p_equivalent, p_value
+from deftlib.intervals import p_equivalent, p_value, smallest_visible
 from deftlib.provenance import provenance
 from deftlib.reporting import claims, claims_page
 
@@ -43,7 +43,8 @@ def save_claim(profile, claim, ours, notebook, part="", note="", judge=None):
     if ours is not None and explained.by == "judge" and not judge:
         raise ValueError(f"{name} is judged by a reward model: say which in `judge`")
     path, stages, drawn = folder_of(profile) / "claims.json", store.used(profile), provenance()
-    record = _measured(ours, explained) | {"note": note, "judge": judge and _plain_judge(judge)}
+    family = sum(part.family == explained.family for part in parts)
+    record = _measured(ours, explained, family) | {"note": note, "judge": judge and _plain_judge(judge)}
     record |= {"notebook": notebook, "command": _command(profile, notebook), "settings": profile.written}
     record |= {"seconds": sum(stage["seconds"] for stage in stages.values()), "stages": list(stages)}
     newest = max([stage["created"] for stage in stages.values()], default=drawn["created"])
@@ -57,15 +58,19 @@ def save_claim(profile, claim, ours, notebook, part="", note="", judge=None):
         _write_provenance(profile, {})
 
 
-def _measured(samples, part):
-    """What a claim's record says of its samples: ours = [mean, low, high, n], seeds, and both p-values of `claims`."""
+def _measured(samples, part, family):
+    """What a claim's record says of its samples: ours = [mean, low, high, n], seeds, both p-values of `claims`.
+
+    visible: the effect that would show, as the first of 1, 2, ... tests; family: how many there may be.
+    """
     if samples is None:
-        return {"ours": None, "seeds": 0, "p": None, "p_matters": None}
+        return {"ours": None, "seeds": 0, "p": None, "p_matters": None, "visible": None}
     mean, draws = samples.plausible()
     interval = samples.interval()
     matters = None if not part.smallest else p_equivalent(draws, part.smallest, part.no_effect)
     record = {"ours": [mean, interval.low, interval.high, int(interval.n)], "seeds": samples.seeds}
-    return record | {"p": p_value(draws, part.no_effect), "p_matters": matters}
+    visible = [smallest_visible(mean, draws, tests) for tests in range(1, family + 1)]
+    return record | {"p": p_value(draws, part.no_effect), "p_matters": matters, "visible": visible}
 
 
 def _plain_judge(judge):
@@ -75,15 +80,14 @@ def _plain_judge(judge):
 
 def _keep_samples(path, name, samples):
     """Write what a claim's number was computed from: one row for each side, seed and item. Hold the records' lock."""
-    known = (
-        pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=["claim", "side", "seed", "item", "value"])
-    )
+    columns = ["claim", "side", "paired", "seed", "item", "value"]
+    known = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=columns)
     rows = [known[known["claim"] != name]]
     if samples is not None:
-        rows.append(_rows(samples).assign(claim=name)[known.columns])
+        rows.append(_rows(samples).assign(claim=name, paired=samples.is_paired)[columns])
     frame = pd.concat([frame for frame in rows if len(frame)]) if any(map(len, rows)) else known
-    frame = frame.astype({"claim": str, "side": str, "seed": int, "item": int, "value": float})
-    store.write_atomic(path, frame.sort_values(list(known.columns)[:4], kind="stable").to_parquet(index=False))
+    frame = frame.astype({"claim": str, "side": str, "paired": bool, "seed": int, "item": int, "value": float})
+    store.write_atomic(path, frame.sort_values(["claim", "side", "seed", "item"]).to_parquet(index=False))
 
 
 def _rows(samples):

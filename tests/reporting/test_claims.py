@@ -16,7 +16,8 @@ PARTS = claims.parts(PUBLISHED)
 
 
 def recorded(ours, p=0.2, p_matters=None, seeds=3, judge=None, note="", **more):
-    return {"ours": ours, "p": p, "p_matters": p_matters, "seeds": seeds, "judge": judge, "note": note} | more
+    record = {"ours": ours, "p": p, "p_matters": p_matters, "seeds": seeds, "judge": judge, "note": note}
+    return record | {"visible": [4.3, 5.1, 5.6, 6.0, 6.2, 6.4, 6.5, 6.6, 6.7]} | more
 
 
 def said(name, record):
@@ -62,7 +63,28 @@ def test_half_of_the_published_effect_excluded_on_both_sides_is_no_effect():
 
 def test_an_inconclusive_one_says_what_would_have_shown():
     verdict = said("data-volume", recorded([1.0, -2.0, 4.0, 30], judge={"name": "true reward", "accuracy": None}))
-    assert verdict.reason == "4.3 points would have shown"  # 1.43 times half of the width
+    assert verdict.reason == "4.3 points would have shown"  # the only one of its family
+    names = [f"bleu-and-reward / {part}" for part in ("D3/PRO", "D3/DPO", "D2/PRO")]
+    found = claims.verdicts(PARTS, {name: recorded([1.0, -2.0, 4.0, 30]) for name in names})
+    assert {found[name].reason for name in names} == {"5.6 BLEU points would have shown"}  # of three, more is needed
+
+
+def test_a_direction_held_at_less_than_half_of_the_published_size_says_so():
+    record = recorded([2.5, 1.8, 3.1, 1], p=0.01, p_matters=0.0002, note="25 % kept")
+    verdict = said("training-time", record)
+    assert verdict[:2] == ("reproduced (direction)", "25 % kept; less than half of the published size")
+
+
+def test_what_restates_another_part_shares_its_verdict_and_is_in_no_family():
+    other, same = "ablation-DA / DEFT-DPO", "data-volume"
+    judge = {"name": "true reward", "accuracy": None}
+    records = {other: recorded([-4.0, -7.0, -1.0, 200], 0.01, judge=judge)}
+    records[same] = recorded([4.0, 1.0, 7.0, 200], 0.01, judge=judge)
+    found = claims.verdicts(PARTS, records)
+    assert (found[other].said, found[other].p) == ("reproduced (direction)", 0.01)
+    assert (found[same].said, found[same].reason, found[same].of) == (found[other].said, f"restates {other}", other)
+    alone = claims.verdicts(PARTS, {same: records[same]})[same]
+    assert (alone.said, alone.of) == ("reproduced (direction)", "")  # where the other was not tested
 
 
 def test_what_follows_from_a_setting_is_no_finding():

@@ -147,7 +147,8 @@ def test_a_claim_is_recorded_with_its_verdict_and_both_pages_are_written(profile
     page = (tmp_path / "mini/claims.md").read_text()
     interval = Samples(ours, other).interval()
     row = f"| +3.06 | {interval.mean:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}] | 3 × 200 | r_eval (tiny), "
-    row += "harmless 60% [55%, 65%], helpful 58% [55%, 61%] | 0.0001, 0.0001 | reproduced (direction) | no |"
+    row += "harmless 60% [55%, 65%], helpful 58% [55%, 61%] | <0.0001, <0.0001 | reproduced (direction): "
+    row += "less than half of the published size | – |"
     assert row in page
     assert "not tested: no judge configured" in page
     assert "`deft run notebooks/05_mt_bench.ipynb --profile mini`" in page
@@ -184,6 +185,10 @@ def test_what_a_number_was_computed_from_gives_it_again_with_pandas_alone(profil
     unpaired = Samples(RNG.normal(size=25), RNG.normal(size=40), is_paired=False)
     records.save_claim(profile, "filter-direction", unpaired, "02_distribution", part="accuracy/helpful")
     samples = pd.read_parquet(tmp_path / "mini/claims.parquet")
+    assert samples.groupby("claim")["paired"].all().to_dict() == {
+        "data-volume": True,
+        "filter-direction / accuracy/helpful": False,
+    }
     means = samples.groupby(["claim", "side"])["value"].mean().unstack("side")
     recorded = json.loads((tmp_path / "mini/claims.json").read_text())
     for name, row in means.iterrows():

