@@ -161,6 +161,7 @@ class Generation:
 class Endpoint:
     url: str = ""  # of an OpenAI-compatible server, ".../v1"; empty: none. Its key is read from OPENAI_API_KEY
     model: str = ""
+    max_tokens: int = 0  # of one answer, reasoning included; 0: as the task asks (a judge 2048, replies max_new_tokens)
     token_budget: int = 0  # prompt and answer tokens, as the server counts them, that one run may spend; 0 = no limit
 
 

@@ -12,6 +12,7 @@ A behaviour is a name or a function of the request body that returns one:
     "ok" answers `reply(body)`   "slow" does so after `server.delay` seconds   "empty" answers with an empty text
     "html" sends a web page      "cut" sends half an answer and hangs up       "hang up" sends nothing at all
     "400", "401", "429", "500" and any other status: an error that repeats the key it was sent, as some servers do
+    (status, body, headers): that answer, body and all
 """
 
 import json
@@ -22,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from deftlib.models import endpoint
+from deftlib.models import chat, endpoint
 
 KEY = "sk-not-to-be-written-anywhere"
 VERSION = "-2024-08-06"  # what the server adds to the name of the model it was asked for
@@ -45,12 +46,12 @@ class ChatServer:
     def __init__(self, *behaviours, reply=echo, port=0):
         self.behaviours, self.reply, self.delay, self.usage = behaviours, reply, 0.3, USAGE
         self.bodies, self.keys, self.waiting, self.most = [], set(), 0, 0
-        self.times, self.lock = Counter(), threading.Lock()
+        self.times, self.lock, self.paths = Counter(), threading.Lock(), {"/v1/chat/completions"}
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
                 body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                behaviour = self.behaviour(body) if handler.path == "/v1/chat/completions" else "404"
+                behaviour = self.behaviour(body) if handler.path in self.paths else "404"
                 self.answer(handler, body, behaviour)
 
             def log_message(handler, *args):
@@ -86,16 +87,23 @@ class ChatServer:
             time.sleep(self.delay)
             with self.lock:
                 self.waiting -= 1
-        status, kind, content = 200, "application/json", json.dumps(self.completion(body, behaviour))
+        status, kind, headers = 200, "application/json", {}
+        if isinstance(behaviour, tuple):
+            status, content, headers = behaviour
+            content = json.dumps(content)
+        else:
+            content = json.dumps(self.completion(body, behaviour))
         if behaviour == "html":
             kind, content = "text/html", "<html><body>Welcome</body></html>"
-        elif behaviour.isdigit():
+        elif isinstance(behaviour, str) and behaviour.isdigit():
             message = f"no luck, you with the key {handler.headers['Authorization']}"
             status, content = int(behaviour), json.dumps({"error": {"message": message}})
         content = content.encode()
         handler.send_response(status)
         handler.send_header("Content-Type", kind)
         handler.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(content[: len(content) // 2] if behaviour == "cut" else content)
         handler.close_connection = True
@@ -114,6 +122,7 @@ def serve(monkeypatch):
     monkeypatch.setattr(client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(client, "MAX_RETRY_DELAY", 0.01)
     monkeypatch.setattr(endpoint, "SPENT", Counter())
+    monkeypatch.setattr(chat, "CHANGES", {})
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     servers = []
 

@@ -19,7 +19,6 @@ ROOMS = ["studies", "evaluation", "training", "models", "reporting", "preference
 BRINGS = {"notebooks": ["evaluation", "reporting"]}  # extras within extras
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name to import is another
 BROUGHT = {  # by a package that is declared: of one family with it, in step by their own requirements
-    "jinja2": "nbconvert",
     "nbformat": "nbconvert",
     "pygments": "nbconvert",
     "traitlets": "nbconvert",

@@ -152,27 +152,28 @@ def judge_name(profile):
 
 def _judge(profile, requests, parse):
     """DataFrame, a row a request: judgment, what `parse` reads in it, the reason for none or "", and the judge."""
-    judge, failures = profile.mt_bench.judge, {}
+    judge, failures, cut = profile.mt_bench.judge, {}, set()
     if judge.url or judge.model:
         path = store.build_dir(profile.name) / "kept" / f"mt_bench-{store.content_key([judge.url, judge.model])}.jsonl"
         texts, failures = endpoint.ask(judge, requests, path, "judging")
+        cut = endpoint.cut_short(judge, requests, path)
         name = ", ".join(endpoint.answered_by(judge, requests, path)) or judge.model  # with its version
     elif profile.policy.source == "mini":
         texts, name = [mini_bench.judge(request) for request in requests], mini_bench.JUDGE
     else:
         texts, name = [None] * len(requests), NO_JUDGE
         failures = dict.fromkeys(range(len(requests)), NO_JUDGE)
-    read = [(None, failures[i]) if i in failures else _read(parse, text) for i, text in enumerate(texts)]
+    read = [(None, failures[i]) if i in failures else _read(parse, text, i in cut) for i, text in enumerate(texts)]
     columns = ["judgment", "read", "reason", "judge"]
     return pd.DataFrame([(text, *result, name) for text, result in zip(texts, read)], columns=columns)
 
 
-def _read(parse, judgment):
+def _read(parse, judgment, is_cut=False):
     """(what `parse` reads, "") or (None, why it could not)."""
     try:
         return parse(judgment), ""
     except ValueError as error:
-        return None, str(error)
+        return None, f"{error}: cut at max_tokens, raise mt_bench.judge.max_tokens" if is_cut else str(error)
 
 
 def judgments(profile, bench, said):

@@ -2,10 +2,12 @@
 
     generation     what a policy says to a prompt, in process or behind an endpoint
     endpoint       ask any OpenAI-compatible server: judges, refiners, zero-shot rows; answers kept as they come
+    chat           one answer from any server that calls itself OpenAI-compatible, whatever it refuses
     rewards        reward models r_train and r_eval: load, train, score
     reward_heads   one linear head per axis, fitted on features or trained with the backbone
     features       what a frozen backbone makes of replies, computed once: for R_dis and for the heads of reward models
     policies       policies and tokenizers: load, text to tokens, the models that come without a hub
+    said           the reply in what a model said: no reasoning, no markup, no next turn
     loop           what all trainings share: arguments, progress lines, checkpoints to resume from
 
 Start with `policies`.

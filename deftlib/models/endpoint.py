@@ -15,25 +15,22 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from deftlib import store
-from deftlib.models import policies
+from deftlib.models import chat
+from deftlib.models.chat import EMPTY, NoText
 from deftlib.models.loop import with_progress
+from deftlib.models.said import reply_in
+from deftlib.preferences.dialogues import messages
 
-RETRIES = 4  # the client's own, with growing pauses: after 408, 409, 429, 5xx, a timeout or a lost connection
 TIMEOUT = 600.0  # seconds for one attempt: a laptop's server answers a queue of long requests slowly
 IN_A_ROW = 8  # failures one after the other that speak against the server: nothing more is sent
 ABOUT_ONE_REQUEST = {400, 403, 413, 422}  # an unknown option, moderation, a long prompt, a content filter
 HINTS = {401: "is its key in OPENAI_API_KEY?", 404: "does the URL end in /v1, and does the server know the model?"}
-EMPTY = "empty text"
 NOT_ASKED = "not asked"
 SPENT = Counter()  # {(url, model): tokens} of this process: a budget holds over all calls of a run
 
 
 class EndpointError(RuntimeError):
     """A server that cannot be asked, or did not answer enough: one sentence with the cause and what to do."""
-
-
-class NoText(ValueError):
-    """A chat completion without a text that can be kept."""
 
 
 class Answers(NamedTuple):
@@ -44,18 +41,20 @@ class Answers(NamedTuple):
 def ask(endpoint, requests, path, label="asking", at_once=8):
     """The answers of `endpoint` (a profile `Endpoint`) to chat requests, and why some have none.
 
-    requests: dicts of `messages` and options (temperature, max_tokens, seed, ...); equal ones are asked once. path:
-    JSONL file of what is kept: request, text, the server's name and version of the model, usage, time. at_once: how
-    many requests are under way together. Nothing more is sent once `endpoint.token_budget` is spent in this process,
-    or after `IN_A_ROW` failures in a row that are no matter of one request; the rest then fails as "not asked: ...".
+    requests: dicts of `messages` and options (temperature, max_tokens, seed, ...); equal ones are asked once;
+    `endpoint.max_tokens` replaces theirs. path: JSONL file of what is kept: request, what of it the server refused
+    ("changed"), its whole text, its name and version of the model, usage, time. An answer is the text without its
+    reasoning (`said.reply_in`). at_once: how many requests are under way together. Nothing more is sent once
+    `endpoint.token_budget` is spent in this process, or after `IN_A_ROW` failures in a row that are no matter of one
+    request; the rest then fails as "not asked: ...".
     Raises EndpointError if there is no answer at all, kept or new, because no server can be asked (no `openai`
     package, no connection, 401, 403, 404), ValueError for an endpoint without a URL or a model.
     """
-    if not (endpoint.url.startswith(("http://", "https://")) and endpoint.model):
+    if not (endpoint.url and endpoint.model):
         found = f"{without_password(endpoint.url)!r} and {endpoint.model!r}"
         raise ValueError(f"an endpoint is a URL (http://localhost:8000/v1) and the name of a model, found {found}")
     kept = store.Kept(path)
-    questions = [{"model": endpoint.model, "request": request} for request in requests]
+    questions = _questions(endpoint, requests)
     todo = {store.content_key(question): question for question in questions if question not in kept}
     reasons = {}
     if todo:
@@ -63,7 +62,7 @@ def ask(endpoint, requests, path, label="asking", at_once=8):
         if n_kept:
             print(f"  {label}: {n_kept} of {len(questions)} answers are kept from before", flush=True)
         reasons = _ask_rest(endpoint, todo, kept, bool(n_kept), label, at_once)
-    texts = [kept[question]["text"] if question in kept else None for question in questions]
+    texts = [reply_in(kept[question]["text"]) if question in kept else None for question in questions]
     keys = [store.content_key(question) for question in questions]
     return Answers(texts, {i: reasons[key] for i, key in enumerate(keys) if key in reasons})
 
@@ -87,7 +86,7 @@ def chat_requests(prompts, settings, seed=0):
     """
     options = {"temperature": settings.temperature, "max_tokens": settings.max_new_tokens}
     seeds = [seed * settings.samples + k for k in range(settings.samples)]
-    return [{"messages": policies.turns(prompt), **options, "seed": s} for prompt in prompts for s in seeds]
+    return [{"messages": messages(prompt), **options, "seed": s} for prompt in prompts for s in seeds]
 
 
 def replies_from(endpoint, prompts, settings, path, seed=0):
@@ -104,8 +103,14 @@ def replies_from(endpoint, prompts, settings, path, seed=0):
 def answered_by(endpoint, requests, path):
     """The names, with versions, under which the server answered these requests: a sorted list."""
     kept = store.Kept(path)
-    questions = [{"model": endpoint.model, "request": request} for request in requests]
-    return sorted({str(kept[question]["model"]) for question in questions if question in kept})
+    return sorted({str(kept[question]["model"]) for question in _questions(endpoint, requests) if question in kept})
+
+
+def cut_short(endpoint, requests, path):
+    """The indices of the requests whose kept answer ended at max_tokens."""
+    kept = store.Kept(path)
+    questions = enumerate(_questions(endpoint, requests))
+    return {i for i, question in questions if question in kept and kept[question].get("finish_reason") == "length"}
 
 
 def kept_file(profile_name, endpoint):
@@ -117,6 +122,12 @@ def without_password(url):
     """The URL as results may show it: no user, password or query."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def _questions(endpoint, requests):
+    """What the answers to these requests are kept under."""
+    limit = {"max_tokens": endpoint.max_tokens} if endpoint.max_tokens else {}
+    return [{"model": endpoint.model, "request": {**request, **limit}} for request in requests]
 
 
 def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
@@ -142,21 +153,21 @@ def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
         while under_way or (left and not stop):
             while left and not stop and len(under_way) < at_once:
                 key = left.popleft()
-                future = pool.submit(client.chat.completions.create, model=endpoint.model, **todo[key]["request"])
+                future = pool.submit(client.complete, endpoint.model, todo[key]["request"])
                 under_way[future] = key
             yield [(under_way.pop(future), future) for future in wait(under_way, return_when=FIRST_COMPLETED).done]
 
     with (
-        openai.OpenAI(base_url=endpoint.url, api_key=secret, max_retries=RETRIES, timeout=TIMEOUT) as client,
+        chat.Client(endpoint.url, secret, TIMEOUT) as client,
         ThreadPoolExecutor(at_once) as pool,
     ):
         for done in with_progress(as_they_come(), label, total=len(todo)):
             for key, future in done:
                 try:
-                    completion = future.result()
+                    completion, changed = future.result()
                     tokens = getattr(getattr(completion, "usage", None), "total_tokens", None) or 0
                     SPENT[name] += tokens
-                    kept.add(todo[key], _entry(todo[key]["request"], completion))
+                    kept.add(todo[key], _entry(todo[key]["request"], completion, changed))
                     any_answer, in_a_row, in_vain = True, 0, False
                     if budget and not tokens:
                         stop = "the server counts no tokens, so no token budget can be kept: set it to 0"
@@ -174,19 +185,12 @@ def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
     return reasons | dict.fromkeys(left, f"{NOT_ASKED}: {stop}")
 
 
-def _entry(request, completion):
-    """What is kept of an answer. Raises NoText, or ValueError if it is no chat completion."""
-    try:
-        text = completion.choices[0].message.content or ""
-    except (AttributeError, IndexError, TypeError) as error:
-        shown = str(completion)[:80]
-        raise ValueError(f"the answer is not a chat completion, does the URL end in /v1? {shown!r}") from error
-    if not text.strip():
-        raise NoText(EMPTY)
-    if text.encode(errors="ignore").decode() != text:  # half a surrogate pair: nothing can store it
-        raise NoText("invalid Unicode")
-    said = {"request": request, "text": text, "finish_reason": completion.choices[0].finish_reason}
-    said |= {"model": completion.model, "fingerprint": completion.system_fingerprint}
+def _entry(request, completion, changed):
+    """What is kept of an answer. Raises as `chat.text_of`."""
+    _, raw = chat.text_of(completion)
+    said = {"request": request, "text": raw, "finish_reason": completion.choices[0].finish_reason}
+    said |= {"changed": changed} if changed else {}
+    said |= {"model": completion.model, "fingerprint": getattr(completion, "system_fingerprint", None)}
     said |= {"usage": completion.usage and completion.usage.to_dict()}
     return said | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
 

@@ -138,7 +138,7 @@ def _as_policy(tokenizer, prompt, reply, text):
 
 def _as_encoder(tokenizer, prompt, reply, limit):
     """[CLS] prompt reply, cut on the left to `limit` tokens."""
-    words = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    words = lambda text: policies.encode_text(tokenizer, text)
     first = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else []
     said = words(reply)[: limit - len(first)]
     room = limit - len(first) - len(said)

@@ -9,16 +9,16 @@ server, for models too large to load here.
 import re
 import time
 from collections import Counter
+from itertools import takewhile
 
 import torch
 
 from deftlib import store
 from deftlib.models import endpoint, policies
 from deftlib.models.loop import with_progress
+from deftlib.models.said import first_turn, reply_in
 from deftlib.profile import Endpoint
 from deftlib.provenance import made_by
-
-NEXT_TURN = re.compile(r"\s*(human|assistant):", re.IGNORECASE)
 
 
 def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="generating"):
@@ -47,9 +47,10 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
 def generate(model, tokenizer, prompts, text, settings, seed=0, label="generating", kept=None):
     """`settings.samples` replies to each prompt, [[reply, ...], ...]: greedy at temperature 0, else seeded sampling.
 
-    Prompts of like length share a left-padded batch. A reply ends at EOS, at the next "Human:" or "Assistant:" in
-    either case, or after `settings.max_new_tokens`. kept: a `store.Kept` that answers what was asked before; a batch is
-    seeded by what is in it, so an interrupted run says what an uninterrupted one would have said.
+    Prompts of like length share a left-padded batch. A reply ends at the tokenizer's EOS or one of the model's own,
+    where the next turn begins (`said.first_turn`), or after `settings.max_new_tokens`; reasoning is left out. kept: a
+    `store.Kept` that answers what was asked before; a batch is seeded by what is in it, so an interrupted run says what
+    an uninterrupted one would have said.
     """
     ids = [policies.encode_prompt(tokenizer, prompt, text) for prompt in prompts]
     questions = numbered(prompts)
@@ -57,7 +58,8 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
     size = max(1, settings.batch_size // settings.samples)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     options = {"max_new_tokens": settings.max_new_tokens, "num_return_sequences": settings.samples}
-    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    stops = ends(model, tokenizer)
+    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": stops}
     options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options |= {"repetition_penalty": 1.0}  # whatever the model's own configuration says
     if settings.temperature > 0:
@@ -73,8 +75,9 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
         torch.manual_seed(int(store.content_key([seed, asked])[:15], 16))
         inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        output = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
+        output = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+        up_to_the_end = [list(takewhile(lambda i: i not in stops, said_ids)) for said_ids in output]
+        decoded = [reply_in(text) for text in tokenizer.batch_decode(up_to_the_end, skip_special_tokens=True)]
         seconds = (time.perf_counter() - start) / len(batch)
         for k, i in enumerate(batch):
             said[i] = [first_turn(reply) for reply in decoded[k * settings.samples : (k + 1) * settings.samples]]
@@ -84,9 +87,11 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
     return said
 
 
-def first_turn(generated):
-    """The reply before the model starts to play the next turn."""
-    return NEXT_TURN.split(generated, maxsplit=1)[0].rstrip()
+def ends(model, tokenizer):
+    """Ids that end a reply: the tokenizer's EOS, and those of the model's generation configuration (Gemma, Llama 3)."""
+    own, size = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None and i < size})
 
 
 def numbered(prompts):

@@ -10,15 +10,18 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,12 +32,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deftlib import provenance, store
-from deftlib.preferences import mini_world
+from deftlib.preferences import dialogues, mini_world
 from deftlib.profile import Profile, add_options
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+DAY = date(2024, 7, 26)  # of chat templates that tell the date, Llama 3's own: the same tokens on every day
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
 MINI_START = mini_world.FOLDER / "start"  # a published folder: the mini world's start policy, by `deft mini-start`
 
@@ -155,17 +160,64 @@ def fingerprint(tokenizer):
 # ---- text to tokens --------------------------------------------------------------------------------------------
 
 
+def encode_text(tokenizer, text):
+    """Token ids of a text that somebody wrote: where it spells a special token ("<|endoftext|>") it stays text."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    spelled = [token for token in tokenizer.all_special_tokens if token in text]
+    if not spelled:
+        return ids
+    special = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
+    return [i for i in ids if i not in special]  # a vocabulary of whole words has no other way to spell them
+
+
 def encode_prompt(tokenizer, prompt, text):
     """Token ids of a prompt, the last `text.prompt_tokens` of them. `text`: the profile's Text.
 
-    Before plain text stands the token that the tokenizer itself begins with (LLaMA's and Gemma's BOS), cut or not.
+    Before plain text stands the token that the tokenizer itself begins with (LLaMA's and Gemma's BOS), cut or not. Of a
+    chat template the oldest words of the dialogue are cut, never what the template puts around them.
+    Raises ModelError where there is no template, or it takes more than `text.prompt_tokens` by itself.
     """
     if text.template == "chat":
-        prompt = tokenizer.apply_chat_template(turns(prompt), tokenize=False, add_generation_prompt=True)
-        return tokenizer(prompt, add_special_tokens=False)["input_ids"][-text.prompt_tokens :]
+        return _chat_ids(tokenizer, dialogues.messages(prompt), text.prompt_tokens)
     first = beginning(tokenizer)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = encode_text(tokenizer, prompt)
     return [*first, *ids[-(text.prompt_tokens - len(first)) :]]
+
+
+def _chat_ids(tokenizer, messages, limit):
+    """Token ids of a chat up to the reply, at most `limit`."""
+    ids = _rendered(tokenizer, messages)
+    while len(ids) > limit:
+        oldest, *later = messages
+        words = encode_text(tokenizer, oldest["content"])
+        left = words[len(ids) - limit :]
+        if left:
+            messages = [{**oldest, "content": tokenizer.decode(left).strip()}, *later]
+            shorter = _rendered(tokenizer, messages)
+            if len(shorter) >= len(ids):  # these words take other tokens by themselves
+                messages[0]["content"] = tokenizer.decode(words[len(words) - len(left) // 2 :]).strip()
+        else:
+            messages = later[1:] if later[:1] and later[0]["role"] == "assistant" else later
+        if not messages:
+            raise ModelError(f"text.prompt_tokens={limit} is too few for this chat template, which takes as many alone")
+        ids = _rendered(tokenizer, messages)
+    return ids
+
+
+def _rendered(tokenizer, messages):
+    """Token ids of a chat template with these messages, up to the reply. A template that tells the date tells DAY."""
+    if tokenizer.chat_template is None:
+        raise ModelError("this tokenizer has no chat template: set text.template=plain")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            return_dict=False,
+            sanitize_control_tokens=True,  # what spells a special token stays text
+            chat_template=_TODAY.sub(lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template()),
+        )
+    except TemplateError as error:
+        raise ModelError(f"the chat template refuses a dialogue: {error}; set text.template=plain") from error
 
 
 def beginning(tokenizer):
@@ -176,20 +228,7 @@ def beginning(tokenizer):
 
 def encode_reply(tokenizer, reply, text):
     """Token ids of a reply and one EOS, the first `text.reply_tokens`: a cut reply does not end (our choice)."""
-    ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id][: text.reply_tokens]
-
-
-def turns(prompt):
-    """A prompt in the project's text format as chat messages."""
-    messages = []
-    for part in prompt.split("\n\n"):
-        role, _, content = part.partition(":")
-        if role in ("Human", "Assistant") and content.strip():
-            messages.append({"role": "user" if role == "Human" else "assistant", "content": content.strip()})
-        elif messages and part.strip() and role not in ("Human", "Assistant"):
-            messages[-1]["content"] += "\n\n" + part
-    return messages
+    return [*encode_text(tokenizer, reply), tokenizer.eos_token_id][: text.reply_tokens]
 
 
 # ---- start policies ----------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ from deftlib import store
 from deftlib.intervals import wilson_interval
 from deftlib.models import features, policies, reward_heads
 from deftlib.models.loop import length_buckets, with_progress
+from deftlib.models.policies import encode_text
 from deftlib.models.reward_heads import AXES, axis_of
+from deftlib.preferences.dialogues import messages
 from deftlib.preferences.lists import read_lists
 
 
@@ -177,22 +179,27 @@ def load_reward_model(path):
     return model.to(policies.device()).eval(), tokenizer
 
 
-def reward_text(prompt, reply, text_format):
-    """Prompt and reply as a reward model reads them: "plain" is the project's text, "oasst" OpenAssistant's."""
-    if text_format == "plain":
-        return prompt + reply
-    markers = {"user": "<|prompter|>", "assistant": "<|assistant|>"}
-    said = "".join(f"{markers[m['role']]}{m['content']}<|endoftext|>" for m in policies.turns(prompt))
-    return f"{said}<|assistant|>{reply.strip()}<|endoftext|>"
-
-
 def encode(tokenizer, prompt, reply, spec):
-    """Token ids of one dialogue, at most `spec.max_tokens`, cut on the left. `spec`: the profile's RewardModel."""
-    special = spec.text_format == "plain" and tokenizer.cls_token_id is not None  # BERT wants [CLS] ... [SEP]
-    ids = tokenizer(reward_text(prompt, reply, spec.text_format), add_special_tokens=special)["input_ids"]
+    """Token ids of one dialogue, at most `spec.max_tokens`, cut on the left. `spec`: the profile's RewardModel.
+
+    "plain" is the project's text, with [CLS] and [SEP] where there are any; "oasst" is OpenAssistant's.
+    """
+    if spec.text_format == "oasst":
+        return _as_oasst(tokenizer, prompt, reply)[-spec.max_tokens :]
+    special = tokenizer.cls_token_id is not None
+    ids = tokenizer(prompt + reply, add_special_tokens=special, split_special_tokens=True)["input_ids"]
     if len(ids) <= spec.max_tokens:
         return ids
     return ids[:1] + ids[1 - spec.max_tokens :] if special else ids[-spec.max_tokens :]
+
+
+def _as_oasst(tokenizer, prompt, reply):
+    """<|prompter|>…<|endoftext|><|assistant|>…<|endoftext|>: markers are tokens, what somebody wrote is text."""
+    marker = lambda name: tokenizer(name, add_special_tokens=False)["input_ids"]
+    opener, ids = {"user": marker("<|prompter|>"), "assistant": marker("<|assistant|>")}, []
+    for message in [*messages(prompt), {"role": "assistant", "content": reply.strip()}]:
+        ids += opener[message["role"]] + encode_text(tokenizer, message["content"]) + marker("<|endoftext|>")
+    return ids
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import datasets
 
 from deftlib import provenance
 from deftlib.preferences import mini_world
+from deftlib.preferences.dialogues import ASSISTANT, HUMAN, canonical
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 HH_RLHF = "Anthropic/hh-rlhf"
 MINI = mini_world.FOLDER
@@ -281,8 +281,8 @@ def shape(value):
 
 
 def as_prompt(text):
-    """A prompt in the one format: plain text becomes the first human turn, text in the format stays as it is."""
-    body = text.strip()
+    """A prompt in the one format: plain text becomes the first human turn, a dialogue in any dialect `canonical`."""
+    body = canonical(text).strip()
     if not body.startswith("Human:"):
         return f"{HUMAN} {body}{ASSISTANT}" if body else ""
     prompt = "\n\n" + body
@@ -295,16 +295,17 @@ def as_prompt(text):
 
 def _parted(dialogue):
     """(prompt, reply) of a dialogue, parted at its last "\\n\\nAssistant:"."""
-    head, opener, reply = dialogue.rpartition(ASSISTANT)
+    head, opener, reply = canonical(dialogue).rpartition(ASSISTANT)
     if not opener:
         raise RowFault('no "\\n\\nAssistant:" in dialogue')
     return head + opener if head.strip() else "", reply
 
 
 def _reply(prompt, text):
-    if not text.lstrip().startswith("Human:"):
+    dialogue = canonical(text)
+    if not dialogue.lstrip().startswith("Human:"):
         return text
-    dialogue_prompt, reply = _parted("\n\n" + text.lstrip())
+    dialogue_prompt, reply = _parted("\n\n" + dialogue.lstrip())
     if dialogue_prompt != prompt:
         raise RowFault("differing prompts")
     return reply

@@ -13,6 +13,7 @@ from collections import Counter
 
 from deftlib import store
 from deftlib.models import endpoint, generation, policies, rewards
+from deftlib.models.said import first_turn
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Endpoint, Profile, add_options
 from deftlib.training import subset, train
@@ -91,7 +92,7 @@ def _ask(profile, server, prompts, settings, seed):
     requests, path = endpoint.chat_requests(prompts, settings, seed), endpoint.kept_file(profile.name, server)
     answers = endpoint.ask(server, requests, path, f"asking {server.model}")
     texts = endpoint.require(answers, profile.data.max_reject_share)
-    said = [text and generation.first_turn(text) for text in texts]
+    said = [text and first_turn(text) for text in texts]
     return said, answers.failures, endpoint.answered_by(server, requests, path)
 
 

@@ -6,6 +6,7 @@ tokenizer, `log.jsonl` and `summary.json`. Also a command: `deft train --profile
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from datasets import Dataset
@@ -14,8 +15,9 @@ from trl import DPOConfig, RLOOConfig, SFTConfig
 
 from deftlib import store
 from deftlib.method.distribution import IGNORED
-from deftlib.models import generation, policies, rewards
+from deftlib.models import policies, rewards
 from deftlib.models.loop import PeakMemory, Progress, arguments, fit_or_resume
+from deftlib.models.said import first_turn
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, add_options
 from deftlib.training import subset, trainers
@@ -39,25 +41,37 @@ FROM_SFT = {"dpo", "rloo", *(name for name, method in LIST_METHODS.items() if me
 def encode_lists(lists, tokenizer, text, rejects_path=None):
     """Ranked lists as token ids: prompt_ids, response_ids, rewards (ranks L-1 .. 0 where rewards do not fit the order).
 
-    A list with a response that has no token left but EOS is rejected, written to `rejects_path` and counted on screen.
+    A list is rejected, written to `rejects_path` and counted on screen, if a response has no token left but EOS, or if
+    two differ only behind the cut.
     """
     rows, rejects = [], []
     for row in lists:
         responses = [policies.encode_reply(tokenizer, reply, text) for reply in row["responses"]]
-        if any(set(response) <= {tokenizer.eos_token_id} for response in responses):
-            rejects.append({"id": row["id"], "reason": "a response vanishes by truncation"})
+        fault = _fault(responses, tokenizer.eos_token_id)
+        if fault:
+            rejects.append({"id": row["id"], "reason": fault})
             continue
         fits = row["rewards"] is not None and subset.agrees(row)
         rewards = row["rewards"] if fits else [float(len(responses) - 1 - i) for i in range(len(responses))]
         prompt = policies.encode_prompt(tokenizer, row["prompt"], text)
         rows.append({"prompt_ids": prompt, "response_ids": responses, "rewards": rewards})
     if rejects:
-        print(f"  rejected {len(rejects)} lists: a response vanishes by truncation")
+        counts = Counter(reject["reason"] for reject in rejects)
+        print(f"  rejected {len(rejects)} lists: {', '.join(f'{n} {reason}' for reason, n in counts.items())}")
         if rejects_path:
             store.write_atomic(rejects_path, "".join(json.dumps(reject) + "\n" for reject in rejects))
     if not rows:
-        raise ValueError("no list is left to train on: every response vanishes by truncation (text.reply_tokens)")
+        raise ValueError("no list is left to train on: cut to text.reply_tokens, responses vanish or become equal")
     return Dataset.from_list(rows)
+
+
+def _fault(responses, eos):
+    """Why encoded responses cannot be trained on, or None."""
+    if any(set(response) <= {eos} for response in responses):
+        return "a response vanishes by truncation"
+    if len({tuple(response) for response in responses}) < len(responses):
+        return "two responses differ only behind the cut"
+    return None
 
 
 def _responses_of(encoded, which):
@@ -222,7 +236,7 @@ def _r_train_reward(profile):
     judge = rewards.judge(profile, "train", subset.parts(profile))
 
     def r_train(prompts, completions, subset, **_):
-        said = [generation.first_turn(completion) for completion in completions]
+        said = [first_turn(completion) for completion in completions]
         return judge.score(prompts, said, subset).tolist()
 
     return r_train

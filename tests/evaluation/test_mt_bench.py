@@ -12,7 +12,7 @@ import servers
 from deftlib import store
 from deftlib.evaluation import mini_bench, mt_bench, questions
 from deftlib.models import generation
-from deftlib.models.policies import turns
+from deftlib.preferences.dialogues import messages
 from deftlib.profile import Endpoint, Profile
 
 DATA = Path(os.environ.get("DEFT_DATA", "/nowhere")) / "mt_bench"
@@ -531,8 +531,8 @@ def test_the_text_format_gives_an_endpoint_each_question_as_it_is_written():
     answers = {row["question_id"]: row["choices"][0]["turns"] for row in map(json.loads, path.open(encoding="utf-8"))}
     for question in questions.read_bench(DATA, "gpt-4.jsonl", 80).questions:
         first = answers[question["question_id"]][0].strip()
-        messages = turns(mt_bench.conversation(question["turns"], [first]))
-        assert [message["content"] for message in messages] == [question["turns"][0], first, question["turns"][1]]
+        asked = messages(mt_bench.conversation(question["turns"], [first]))
+        assert [message["content"] for message in asked] == [question["turns"][0], first, question["turns"][1]]
 
 
 def official_judgments():

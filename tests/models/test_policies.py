@@ -15,7 +15,7 @@ from transformers import (
 
 from deftlib import provenance, store
 from deftlib.models import policies
-from deftlib.models.policies import ModelError, encode_prompt, encode_reply, fingerprint, turns
+from deftlib.models.policies import ModelError, encode_prompt, encode_reply, fingerprint
 from deftlib.profile import Profile, Text
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
@@ -72,17 +72,59 @@ def test_a_chat_template_gets_the_turns():
     assert words.convert_ids_to_tokens(ids) == ["user", "Hi", "assistant", "Hello.", "user", "Why?", "assistant"]
 
 
-def test_turns_of_a_dialogue():
-    assert turns(PROMPT) == [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Why?"},
-    ]
+def chatty(words, template, **special):
+    tokenizer = word_tokenizer(["?", "[", "]", "Hi", "Hello.", "Why?", "a", "b", "c", "d", *words], **special)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def test_a_paragraph_that_opens_no_turn_stays_in_its_message():
-    prompt = "\n\nHuman: Fix this:\n\nNote: x = 1\n\nThanks\n\nAssistant:"
-    assert turns(prompt) == [{"role": "user", "content": "Fix this:\n\nNote: x = 1\n\nThanks"}]
+FRAMED = "[ {% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}] assistant"
+
+
+def test_a_chat_that_is_too_long_loses_its_oldest_words_and_never_its_frame():
+    words = chatty(["user", "assistant"], FRAMED)
+    tokens = lambda prompt, limit: words.convert_ids_to_tokens(
+        encode_prompt(words, prompt, Text(template="chat", prompt_tokens=limit))
+    )
+    assert tokens(PROMPT, 9) == ["[", "user", "Hi", "assistant", "Hello.", "user", "Why?", "]", "assistant"]
+    assert tokens(PROMPT, 8) == ["[", "user", "Why?", "]", "assistant"]  # the first question goes with its answer
+    long = "\n\nHuman: a b c d\n\nAssistant:"
+    assert tokens(long, 8) == ["[", "user", "a", "b", "c", "d", "]", "assistant"]
+    assert tokens(long, 6) == ["[", "user", "c", "d", "]", "assistant"]
+    with pytest.raises(ModelError, match=r"text.prompt_tokens=3 is too few for this chat template"):
+        tokens(long, 3)
+
+
+def test_a_template_that_tells_the_date_gives_the_same_tokens_on_every_day():
+    words = chatty(
+        ["user", "26", "Jul", "2024"],
+        "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }} {% endfor %}",
+    )
+    ids = encode_prompt(words, PROMPT, Text(template="chat"))
+    assert words.convert_ids_to_tokens(ids)[:3] == ["26", "Jul", "2024"]
+
+
+def test_a_template_that_refuses_and_one_that_is_missing_are_one_sentence():
+    alternate = "{% if messages[0].role != 'user' %}{{ raise_exception('a user must begin') }}{% endif %}"
+    with pytest.raises(ModelError, match=r"refuses a dialogue: a user must begin; set text.template=plain"):
+        encode_prompt(chatty([], alternate), "\n\nAssistant: Hi\n\nHuman: Why?\n\nAssistant:", Text(template="chat"))
+    with pytest.raises(ModelError, match=r"no chat template: set text.template=plain"):
+        encode_prompt(word_tokenizer(["?"]), PROMPT, Text(template="chat"))
+
+
+def test_text_that_spells_a_special_token_stays_text_in_replies_prompts_and_templates():
+    words = chatty(["user", "assistant"], FRAMED + " <eos>")
+    tokens = lambda ids: " ".join(words.convert_ids_to_tokens(ids))
+    assert tokens(encode_reply(words, " a <eos> b", Text())) == "a b <eos>"  # its own at the end, a word has no parts
+    assert tokens(encode_prompt(words, "a <eos> b", Text())) == "a b"
+    ids = encode_prompt(words, "\n\nHuman: a b\n\nAssistant:", Text(template="chat"))
+    assert tokens(ids) == "[ user a b ] assistant <eos>"  # the template's own
+    mini, reply = policies.mini_tokenizer(), " I say <eos> and <pad> to you."
+    ids = encode_reply(mini, reply, Text())
+    assert mini.decode(ids[:-1]) == reply and not {mini.eos_token_id, mini.pad_token_id} & set(ids[:-1])
+    mini.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    ids = encode_prompt(mini, f"\n\nHuman: {reply.strip()}\n\nAssistant:", Text(template="chat"))
+    assert ids.count(mini.eos_token_id) == 1 and ids[-1] == mini.eos_token_id
 
 
 # ---- identity ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from transformers import (
 from deftlib import store
 from deftlib.models import features, policies, reward_heads, rewards
 from deftlib.models.loop import length_buckets
-from deftlib.models.rewards import encode, load_reward_model, reward_text, score
+from deftlib.models.rewards import encode, load_reward_model, score
 from deftlib.preferences.lists import FEATURES, first_human_turn, read_lists
 from deftlib.profile import Profile, RewardModel
 from deftlib.training import subset
@@ -134,11 +134,17 @@ def test_a_model_with_two_outputs_is_refused(tmp_path):
 
 
 def test_the_two_text_formats_by_hand():
-    assert reward_text(PROMPT, " Because.", "plain") == PROMPT + " Because."
-    assert reward_text(PROMPT, " Because.", "oasst") == (
-        "<|prompter|>Hi<|endoftext|><|assistant|>Hello.<|endoftext|><|prompter|>Why?<|endoftext|>"
-        "<|assistant|>Because.<|endoftext|>"
+    tokenizer = words_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|prompter|>", "<|assistant|>"], "eos_token": "<|endoftext|>"}
     )
+    said = "\n\nHuman: w1\n\nAssistant: w2 <|endoftext|>\n\nHuman: w3\n\nAssistant:"  # spelled: text
+    tokens = tokenizer.convert_ids_to_tokens(encode(tokenizer, said, " w4", RewardModel("tiny", text_format="oasst")))
+    assert " ".join(tokens) == (
+        "<|prompter|> w1 <|endoftext|> <|assistant|> w2 [UNK] <|endoftext|> <|prompter|> w3 <|endoftext|> "
+        "<|assistant|> w4 <|endoftext|>"
+    )
+    assert tokenizer.convert_ids_to_tokens(encode(tokenizer, "w1", " w2 <|endoftext|>", SPEC)) == ["w1", "w2", "[UNK]"]
 
 
 def test_a_cut_on_the_left_keeps_cls_and_the_reply():

@@ -302,7 +302,7 @@ def test_too_many_failures_publish_nothing(profile, serve):
 def test_a_wrong_url_is_one_sentence(profile, serve):
     server = serve()
     with pytest.raises(EndpointError, match=r"^http://127.*: NotFoundError: .*; does the URL end in /v1"):
-        extend.longer_lists(profile, Endpoint(server.url.removesuffix("/v1"), "chat"))
+        extend.longer_lists(profile, Endpoint(server.url.replace("/v1", "/v2"), "chat"))
 
 
 # ---- command -------------------------------------------------------------------------------------------------------

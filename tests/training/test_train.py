@@ -48,9 +48,18 @@ def ranked(*responses, prompt="w1 w2", rewards=None, name="a"):
 
 def test_a_short_reply_ends_in_one_eos_and_a_long_one_is_cut_without(tokenizer):
     text = Text(prompt_tokens=8, reply_tokens=3)
-    (row,) = train.encode_lists([ranked(" w1 w2", " w1 w2 w3", " w1 w2 w3 w4 w5")], tokenizer, text)
+    (row,) = train.encode_lists([ranked(" w1 w2", " w1 w2 w3", " w2 w2 w3 w4 w5")], tokenizer, text)
     w1, w2, w3 = (tokenizer.convert_tokens_to_ids(w) for w in ("w1", "w2", "w3"))
-    assert row["response_ids"] == [[w1, w2, tokenizer.eos_token_id], [w1, w2, w3], [w1, w2, w3]]
+    assert row["response_ids"] == [[w1, w2, tokenizer.eos_token_id], [w1, w2, w3], [w2, w2, w3]]
+
+
+def test_replies_that_the_cut_makes_equal_are_rejected_wherever_they_stand(tokenizer, tmp_path, capsys):
+    lists = [ranked("w1 w2 w3", "w1 w2 w4", name="pair"), ranked("w1 w2", "w2 w3 w4", "w2 w3 w5", name="late")]
+    rows = train.encode_lists([*lists, ranked("w1", "w2")], tokenizer, Text(reply_tokens=2), tmp_path / "rejects.jsonl")
+    assert len(rows) == 1
+    assert "rejected 2 lists: 2 two responses differ only behind the cut" in capsys.readouterr().out
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["id"] for reject in rejects] == ["pair", "late"]
 
 
 def test_a_prompt_is_cut_on_the_left(tokenizer):

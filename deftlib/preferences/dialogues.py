@@ -1,0 +1,134 @@
+r"""Dialogues as text: one format, every way into it, and the turns that reading, prompting and chat templates agree on.
+
+    canonical("Human: Hi!\r\nAssistant: Hello.")       # "\n\nHuman: Hi!\n\nAssistant: Hello."
+    turns("\n\nHuman: Hi!\n\nAssistant: Hello.")       # [("Human", " Hi!"), ("Assistant", " Hello.")]
+    messages("\n\nHuman: Hi!\n\nAssistant:")           # [{"role": "user", "content": "Hi!"}]
+
+A turn begins after a blank line with its role and a colon and reaches to the next one: paragraphs, lists and blank
+lines in between are its own.
+"""
+
+import re
+from itertools import pairwise
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ROLES = {"Human": "user", "Assistant": "assistant"}  # as chat templates name them
+
+_OPENER = re.compile(r"\n\n(Human|Assistant):")
+_CARRIAGE = re.compile(r"\r\n?[ \t]*(?:Human|Assistant|User|USER|ASSISTANT):")
+_LINE, _ANYWHERE = r"(?:\A|(?<=\n))[ \t]*", r"\s*"
+_DIALECTS = [  # what others write: where turns open, before a human's, before an assistant's, after any
+    (_LINE, r"Human:", r"Assistant:", ""),  # single line breaks
+    (_LINE, r"User:", r"Assistant:", ""),
+    (_ANYWHERE, r"USER:", r"ASSISTANT:", r"</s>"),  # Vicuna: all on one line
+    (_ANYWHERE, r"###\s*Human:", r"###\s*Assistant:", ""),  # Guanaco
+    (_ANYWHERE, r"<\|im_start\|>user\n?", r"<\|im_start\|>assistant\n?", r"<\|im_end\|>"),  # ChatML: Qwen, SmolLM
+    (_ANYWHERE, r"<\|(?:prompter|user)\|>", r"<\|assistant\|>", r"<\|endoftext\|>|<\|end\|>|</s>"),  # OASST, Zephyr
+    (_ANYWHERE, r"(?:<s>)?\s*\[INST\]", r"\[/INST\]", r"</s>"),  # Llama 2, Mistral
+]
+_SYSTEM = re.compile(
+    r"\A(?:<\|im_start\|>system\n|<\|system\|>)(.*?)(?:<\|im_end\|>|<\|endoftext\|>|<\|end\|>|</s>)", re.DOTALL
+)
+
+
+def turns(dialogue):
+    """[(role, what follows the colon), ...] of a dialogue in the format, white space and all: `text` gives it back.
+
+    role: "Human" or "Assistant". Text before the first turn is a human's.
+    """
+    before, *parts = _OPENER.split(dialogue)
+    said = list(zip(parts[::2], parts[1::2]))
+    return [("Human", f" {before.strip()}"), *said] if before.strip() else said
+
+
+def text(turns):
+    """The dialogue of these turns."""
+    return "".join(f"\n\n{role}:{said}" for role, said in turns)
+
+
+def canonical(dialogue):
+    """A dialogue in the format, from any of the dialects above and with any line breaks; other text stays as it is.
+
+    A text that could be read in two ways is read so that its turns alternate.
+    """
+    if _CARRIAGE.search(dialogue):
+        dialogue = dialogue.replace("\r\n", "\n").replace("\r", "\n")
+    body = dialogue.strip()
+    if body.startswith(("Human:", "Assistant:")) and not _OPENER.match(dialogue):
+        dialogue = f"\n\n{body}"
+    plain = turns(dialogue) if _OPENER.match(dialogue) else []
+    if len(plain) > 1 and _alternate(plain):
+        return dialogue
+    for dialect in _DIALECTS:
+        found = _parsed(body, *dialect)
+        if _alternate(found):
+            return dialogue if len(found) == len(plain) else text(found)
+    return dialogue
+
+
+def messages(prompt):
+    """A prompt in the format as chat messages: empty turns left out, neighbours of one role joined by a blank line."""
+    found = []
+    for role, said in turns(prompt):
+        said, role = said.strip(), ROLES[role]
+        if said and found and found[-1]["role"] == role:
+            found[-1]["content"] += f"\n\n{said}"
+        elif said:
+            found.append({"role": role, "content": said})
+    return found
+
+
+def from_messages(found):
+    """Turns of a list of {"role", "content"}: what a system says stands before the first human turn (our choice).
+
+    Raises ValueError with the shape of what is no such list.
+    """
+    names = {"user": "Human", "human": "Human", "prompter": "Human", "assistant": "Assistant", "gpt": "Assistant"}
+    before, said = [], []
+    for message in found:
+        role, content = _role_and_content(message)
+        if role in ("system", "developer"):
+            before.append(content.strip())
+        elif role in names:
+            said.append((names[role], " " + content.strip()))
+        else:
+            raise ValueError(f"role {role!r}")
+    if before and said and said[0][0] == "Human":
+        said[0] = "Human", " " + "\n\n".join([*before, said[0][1].strip()])
+    return said
+
+
+def _role_and_content(message):
+    """Of {"role", "content"} or ShareGPT's {"from", "value"}; content is text, or parts of text."""
+    if not isinstance(message, dict):
+        raise ValueError("no message")
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        content = "".join(str(part["text"]) for part in content)
+    if not (isinstance(role, str) and isinstance(content, str)):
+        raise ValueError("a message without role or content")
+    return role.lower(), content
+
+
+def _parsed(body, where, human, assistant, closer):
+    """The turns of a text that begins with a human's opener of this dialect, or with a system's; [] of any other."""
+    system = _SYSTEM.match(body)
+    body = body[system.end() :].lstrip() if system else body
+    opener = re.compile(f"{where}(?:(?P<human>{human})|(?P<assistant>{assistant}))")
+    found = list(opener.finditer(body))
+    if not found or found[0].start() or not found[0]["human"]:
+        return []
+    ends = [match.start() for match in found[1:]] + [len(body)]
+    parts = [body[match.end() : end].strip() for match, end in zip(found, ends)]
+    said = [re.sub(rf"\s*(?:{closer})\Z", "", part) for part in parts] if closer else parts
+    if system:
+        said[0] = f"{system[1].strip()}\n\n{said[0]}".strip()
+    roles = ["Human" if match["human"] else "Assistant" for match in found]
+    return [(role, f" {content}" if content else "") for role, content in zip(roles, said)]
+
+
+def _alternate(found):
+    """Whether a human begins and no role follows itself."""
+    roles = [role for role, _ in found]
+    return roles[:1] == ["Human"] and all(one != other for one, other in pairwise(roles))
