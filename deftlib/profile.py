@@ -184,6 +184,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class MTBench:
+    source: str = ""  # folder of questions of your own, in FastChat's layout; empty: the 80, in the mini world its own
     questions: int = 80  # equally over the eight categories
     methods: list[str] = field(default_factory=list)  # beside the start policy; sec. 4.3: sft, pro, dpo and DEFT's two
     seeds: list[int] = field(default_factory=lambda: [0])  # of the policies; a judge is paid for each

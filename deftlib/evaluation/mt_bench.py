@@ -23,7 +23,7 @@ import pandas as pd
 
 from deftlib import store
 from deftlib.evaluation import mini_bench, questions
-from deftlib.evaluation.questions import CATEGORIES, TEMPERATURES, WITH_REFERENCE, MTBenchError, lines
+from deftlib.evaluation.questions import OTHER, TEMPERATURES, WITH_REFERENCE, MTBenchError, lines
 from deftlib.intervals import Samples, mean_interval
 from deftlib.models import endpoint, generation
 from deftlib.models.policies import load_tokenizer, start_policy
@@ -60,8 +60,9 @@ def answers(profile, bench, policy, seed=0):
     def produce(folder):
         said = [[] for _ in bench.questions]
         for turn in (1, 2):
-            for temperature in sorted(set(TEMPERATURES.values())):
-                asked = [i for i, q in enumerate(bench.questions) if TEMPERATURES[q["category"]] == temperature]
+            of_question = [TEMPERATURES.get(question["category"], OTHER) for question in bench.questions]
+            for temperature in sorted(set(of_question)):
+                asked = [i for i, own in enumerate(of_question) if own == temperature]
                 prompts = [conversation(bench.questions[i]["turns"][:turn], said[i]) for i in asked]
                 sampling = replace(profile.generation, max_new_tokens=limit, temperature=temperature, samples=1)
                 label = f"MT-Bench, {name}, turn {turn}, temperature {temperature:g}"
@@ -258,7 +259,8 @@ def score_table(rated, column="rating"):
         mean = both.to_numpy().mean() if n else None
         interval = mean_interval(both.to_numpy()) if n > 1 else (mean, None, None, n)
         of_category = mine.groupby("category")[column].mean()
-        row = {category: of_category[category] for category in CATEGORIES if category in of_category}
+        names = [name for name in dict.fromkeys([*TEMPERATURES, *of_category.index]) if name in of_category and name]
+        row = {category: of_category[category] for category in names}
         row |= {f"turn {turn}": mine[mine["turn"] == turn][column].mean() for turn in (1, 2)}
         row |= dict(zip(("all", "low", "high", "questions"), interval))
         rows[name] = row | {"missing": int(mine["missing"].sum())}

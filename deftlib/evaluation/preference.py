@@ -42,8 +42,8 @@ def right(profile, folders, parts, measure=LOG_RATIO):
 def likelihoods(profile, policy, parts):
     """Log-likelihoods of the held-out pairs' replies: id, subset, sum_1, tokens_1, sum_l, tokens_l. Published.
 
-    The pairs are y_1 and y_l of `evaluation.preference_lists` lists of the dev part, equally over its subsets; tokens
-    are those that a policy is trained on.
+    The pairs are y_1 and y_l of `evaluation.preference_lists` lists of the dev part, equally over its subsets, without
+    those that differ only behind the cut; tokens are those that a policy is trained on.
     """
     size, dev = profile.evaluation.preference_lists, parts / "dev.parquet"
     key = {"policy": policies.identity(policy), "dev": store.digest(dev), "lists": size, "text": vars(profile.text)}
@@ -53,6 +53,9 @@ def likelihoods(profile, policy, parts):
         lists = read_lists(dev)
         lists = sample(lists, size) if 0 < size < len(lists) else lists
         model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
+        read = lambda reply: policies.encode_reply(tokenizer, reply, profile.text)
+        differ = [read(replies[0]) != read(replies[-1]) for replies in lists["responses"]]
+        lists = lists.select(np.flatnonzero(differ))
         pairs = [(row["prompt"], row["responses"][which]) for row in lists for which in (0, -1)]
         label = f"human pairs, {generation.name_of(policy)}"
         sums, tokens = _log_likelihoods(profile, model, tokenizer, pairs, label)

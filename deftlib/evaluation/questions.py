@@ -19,7 +19,7 @@ from deftlib.models.policies import WHEELS, ModelError, Wheels, unpack_wheel
 # FastChat's sampling temperature of each category, in the order of the radar plot.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0}
 TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
-CATEGORIES = list(TEMPERATURES)
+OTHER = 0.7  # FastChat's, of any other category
 WITH_REFERENCE = {"math", "reasoning", "coding"}  # the judge is shown a right answer
 FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
@@ -42,30 +42,70 @@ class Bench(NamedTuple):
     prompts: dict[str, dict]  # the judge's, by FastChat's names
     references: dict[int, list[str]]  # question_id -> a right answer to each turn
 
+    @property
+    def categories(self):
+        """Those of the questions: FastChat's in the order of its plot, then others as they come."""
+        own = [question["category"] for question in self.questions]
+        return [name for name in dict.fromkeys([*TEMPERATURES, *own]) if name in own]
+
 
 def load(profile):
     """The Bench of a profile: `mt_bench.questions` of the questions, equally over the categories, the first of each.
 
-    A policy of the mini world gets the world's own questions. Raises MTBenchError if the files cannot be had.
+    `mt_bench.source` names a folder of one's own; else a policy of the mini world gets that world's.
+    Raises MTBenchError if the files cannot be had, or with file and line if they cannot be used.
     """
+    if profile.mt_bench.source:
+        return read_bench(Path(profile.mt_bench.source), None, profile.mt_bench.questions)
     if profile.policy.source == "mini":
         return read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, profile.mt_bench.questions)
     return read_bench(official_folder(), "gpt-4.jsonl", profile.mt_bench.questions)
 
 
 def read_bench(folder, references, count):
-    """A Bench from a folder in FastChat's layout, with `count` of its questions."""
-    questions = lines(folder / "question.jsonl")
+    """A Bench from a folder in FastChat's layout, with `count` of its questions.
+
+    references: name of the file in reference_answer/; None: whichever there is. A folder without judge_prompts.jsonl
+    has the official ones. Raises MTBenchError with file and line.
+    """
+    questions = [_question(folder / "question.jsonl", line, row) for line, row in _numbered(folder / "question.jsonl")]
     category = pd.Series([question["category"] for question in questions])
     place = category.groupby(category).cumcount()  # of a question within its category
     chosen = sorted(place.sort_values(kind="stable").index[:count])
-    prompts = {prompt["name"]: prompt for prompt in lines(folder / "judge_prompts.jsonl")}
-    answers = lines(folder / "reference_answer" / references)
-    right = {answer["question_id"]: answer["choices"][0]["turns"] for answer in answers}
+    own = folder / "judge_prompts.jsonl"
+    asked = own if own.is_file() or references else official_folder() / own.name
+    prompts = {_field(asked, line, row, "name", str): row for line, row in _numbered(asked)}
+    paths = (
+        [folder / "reference_answer" / references] if references else sorted(folder.glob("reference_answer/*.jsonl"))
+    )
+    right = {}
+    for path in paths[:1]:
+        for line, row in _numbered(path):
+            try:
+                right[row["question_id"]] = [*map(str, row["choices"][0]["turns"])]
+            except (KeyError, IndexError, TypeError) as error:
+                raise MTBenchError(f"{path} line {line}: no question_id or choices[0].turns in it") from error
     for question in questions:
-        if question["category"] in WITH_REFERENCE and question["question_id"] not in right:
-            raise MTBenchError(f"{folder}: question {question['question_id']} has no answer in reference_answer/")
+        i = question["question_id"]
+        if question["category"] in WITH_REFERENCE and len(right.get(i, [])) < 2:
+            raise MTBenchError(f"{folder}: question {i} has no answer in reference_answer/ for each turn")
     return Bench([questions[i] for i in chosen], prompts, right)
+
+
+def _question(path, line, row):
+    """A checked line of question.jsonl."""
+    _field(path, line, row, "question_id", (int, str))
+    _field(path, line, row, "category", str)
+    turns = _field(path, line, row, "turns", list)
+    if len(turns) != 2 or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise MTBenchError(f"{path} line {line}: 'turns' must be two questions, found {len(turns)}")
+    return row
+
+
+def _field(path, line, row, key, kind):
+    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+        raise MTBenchError(f"{path} line {line}: no {key!r} of the right type in it; expected FastChat's layout")
+    return row[key]
 
 
 def official_folder():
@@ -100,11 +140,18 @@ def official_folder():
 
 def lines(path):
     """The objects of a JSON-lines file. Raises MTBenchError with file and line."""
-    rows = []
+    return [row for _, row in _numbered(path)]
+
+
+def _numbered(path):
+    """[(line number, object), ...] of a JSON-lines file, without blank lines. Raises MTBenchError as `lines`."""
+    rows, number = [], 0
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                rows.append(json.loads(line))
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
     except (OSError, ValueError) as error:
-        raise MTBenchError(f"{path} line {len(rows) + 1}: expected one JSON object a line ({error})") from error
+        place = f"{path} line {number}" if number else f"{path}"
+        raise MTBenchError(f"{place}: expected one JSON object a line ({error})") from error
     return rows

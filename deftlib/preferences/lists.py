@@ -18,20 +18,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deftlib.preferences.sources import (
-    ASSISTANT,
-    FORMATS,
-    HH_RLHF,
-    HUMAN,
-    PreferenceError,
-    RowFault,
-    as_prompt,
-    candidates,
-    detected,
-    files,
-    pro_cleaning,
-    shape,
-)
+from deftlib.preferences.dialogues import ASSISTANT, HUMAN
+from deftlib.preferences.formats import FORMATS, as_prompt, candidates, detected, pro_cleaning
+from deftlib.preferences.readers import PreferenceError, RowFault, shape
+from deftlib.preferences.sources import HH_RLHF, files
 
 __all__ = [
     "FEATURES",

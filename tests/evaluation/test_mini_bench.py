@@ -35,7 +35,7 @@ def verdict(question, said_a, said_b, turn):
 
 def test_there_are_two_questions_of_each_category_and_four_of_each_subset():
     categories = [question["category"] for question in BENCH.questions]
-    assert categories == [category for category in questions.CATEGORIES for _ in range(2)]
+    assert categories == [category for category in BENCH.categories for _ in range(2)]
     subsets = [place_of(question["turns"][0]).split("/")[0] for question in BENCH.questions]
     assert {subset: subsets.count(subset) for subset in mini_world.world().settings["topics"]} == dict.fromkeys(
         set(subsets), 4

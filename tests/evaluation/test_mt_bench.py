@@ -365,7 +365,7 @@ def test_the_command_exits_with_1_when_there_is_no_judge(project, monkeypatch, c
         (["--set", "mt_bench.jugde.url=x"], "did you mean 'judge'"),
         (["--set", "mt_bench.judge.model=gpt"], "found '' and 'gpt'"),
         (["--set", "mt_bench.judge.url=http://127.0.0.1:9/v1", "--set", "mt_bench.judge.model=gpt"], "127.0.0.1:9"),
-        (["--aggregate", "nowhere.jsonl"], "nowhere.jsonl line 1"),
+        (["--aggregate", "nowhere.jsonl"], "nowhere.jsonl: expected"),
         (["--questions"], "unrecognized arguments"),
     ],
 )
@@ -522,7 +522,7 @@ def test_there_are_80_questions_ten_of_each_category_and_16_are_two_of_each():
     for count, each in ((80, 10), (16, 2)):
         bench = questions.read_bench(DATA, "gpt-4.jsonl", count)
         categories = [question["category"] for question in bench.questions]
-        assert [categories.count(category) for category in questions.CATEGORIES] == [each] * 8
+        assert [categories.count(category) for category in questions.TEMPERATURES] == [each] * 8
 
 
 @needs_data

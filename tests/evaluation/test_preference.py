@@ -51,6 +51,8 @@ def test_the_start_policy_ties_with_itself(known):
 def test_likelihoods_are_those_of_the_metric_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROOT", tmp_path)
     replies = [[" Please take care.", " No."], [" I am happy to help.", " Go away, please."]]
+    long = " please" * 64
+    replies.append([f"{long} take care.", f"{long} go away."])  # the same, as far as a policy reads
     rows = [
         {"id": str(i), "subset": "s", "prompt": f"\n\nHuman: {i}?\n\nAssistant:", "responses": r, "rewards": None}
         for i, r in enumerate(replies)
@@ -61,8 +63,9 @@ def test_likelihoods_are_those_of_the_metric_and_kept(tmp_path, monkeypatch):
     start = policies.start_policy(profile)
     found = preference.likelihoods(profile, start, parts)
     model, tokenizer = policies.load_policy(start), policies.load_tokenizer(start)
-    prompts = [row["prompt"] for row in rows for _ in range(2)]
-    means = metrics.start_log_likelihood(model, tokenizer, prompts, sum(replies, []), profile.text)
+    assert found["id"].tolist() == ["0", "1"]
+    prompts = [row["prompt"] for row in rows[:2] for _ in range(2)]
+    means = metrics.start_log_likelihood(model, tokenizer, prompts, sum(replies[:2], []), profile.text)
     assert (found["sum_1"] / found["tokens_1"]).tolist() == pytest.approx(means[0::2], abs=1e-4)
     assert (found["sum_l"] / found["tokens_l"]).tolist() == pytest.approx(means[1::2], abs=1e-4)
     monkeypatch.setattr(preference, "_log_likelihoods", lambda *_: pytest.fail("computed again"))

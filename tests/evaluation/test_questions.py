@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import re
 import zipfile
 
 import pytest
@@ -34,7 +36,7 @@ def test_the_mini_policy_is_asked_about_its_world_and_any_other_the_real_questio
     monkeypatch.setenv("DEFT_DATA", str(project))
     (project / "mt_bench").mkdir()
     assert questions.load(Profile.load("mini")).questions == BENCH.questions
-    with pytest.raises(questions.MTBenchError, match=r"mt_bench/question\.jsonl line 1: expected one JSON object"):
+    with pytest.raises(questions.MTBenchError, match=r"mt_bench/question\.jsonl: expected one JSON object"):
         questions.load(Profile.load("smol"))
 
 
@@ -46,6 +48,39 @@ def test_a_question_that_needs_a_reference_must_have_one(tmp_path):
     (tmp_path / "reference_answer/gpt-4.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(questions.MTBenchError, match="question 5 has no answer in reference_answer/"):
         questions.read_bench(tmp_path, "gpt-4.jsonl", 16)
+
+
+def written(folder, *rows):
+    (folder / "question.jsonl").write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return Profile.load("mini", {"mt_bench.source": str(folder)})
+
+
+def asked(**changes):
+    return {"question_id": "q1", "category": "cooking", "turns": ["Which salt?", "And why?"]} | changes
+
+
+def test_questions_of_ones_own_need_no_more_than_their_turns_and_a_category(tmp_path, project, monkeypatch):
+    monkeypatch.setattr(questions, "official_folder", lambda: mini_bench.FOLDER)  # has the judge's prompts
+    rows = [asked(), asked(question_id=7, category="writing", turns=["Write.", "Again."])]
+    bench = questions.load(written(tmp_path, *rows))
+    assert bench.questions == rows and bench.categories == ["writing", "cooking"] and "single-v1" in bench.prompts
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (asked(turns=["Only one?"]), "line 2: 'turns' must be two questions, found 1"),
+        (asked(turns="Which salt?"), "line 2: no 'turns' of the right type"),
+        ({"prompt": "Which salt?"}, "line 2: no 'question_id' of the right type in it; expected FastChat's layout"),
+        ([1], "line 2: no 'question_id'"),
+        (asked(category="math"), "question q1 has no answer in reference_answer/ for each turn"),
+    ],
+)
+def test_questions_that_cannot_be_used_are_one_sentence_with_file_and_line(tmp_path, project, monkeypatch, row, said):
+    monkeypatch.setattr(questions, "official_folder", lambda: mini_bench.FOLDER)
+    with pytest.raises(questions.MTBenchError, match=re.escape(said)) as caught:
+        questions.load(written(tmp_path, asked(question_id=0), row))
+    assert str(tmp_path) in str(caught.value)
 
 
 def fake_wheel(project, monkeypatch):

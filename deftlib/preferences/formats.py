@@ -1,0 +1,397 @@
+"""What a row means: each format of this field turns one into prompts with responses, unchecked.
+
+    format = detected("prefs.jsonl", rows)               # by the keys of the first row that fits one
+    list(candidates(row, format, "none", notes))         # [{"prompt", "responses", perhaps "rewards", "ranks", ...}]
+
+A text may stand for itself, as a dialogue of any dialect, or as a list of messages; what a format calls its columns is
+in the table `FORMATS`. A new one is one function and one line there.
+"""
+
+import ast
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from deftlib.preferences.dialogues import ASSISTANT, HUMAN, canonical, from_messages, text
+from deftlib.preferences.readers import PreferenceError, RowFault, shape
+
+PROMPTS = ("prompt", "question", "instruction", "query", "messages", "conversation", "history", "input", "post")
+CHOSEN = ("chosen", "chosen_response", "response_j", "preferred", "accepted")
+REJECTED = ("rejected", "rejected_response", "response_k", "dispreferred", "not_accepted")
+RESPONSES = ("responses", "completions", "candidates", "answers", "outputs", "generations")
+SCORED = (  # of chosen and rejected: UltraFeedback, Argilla, Skywork and others
+    ("score_chosen", "score_rejected"),
+    *((f"chosen{what}", f"rejected{what}") for what in ("_score", "_rating", "-rating", "_reward", "-score")),
+)
+SAID = ("response", "answer", "text", "content", "completion", "output", "generated_text")  # inside one of RESPONSES
+RATED = ("reward", "overall_score", "score", "rating", "preference_score")
+TWO = {  # columns of two responses: (name, the column that says which is better, {its value: the better one's place})
+    ("response_0", "response_1"): ("better_response_id", {0: 0, 1: 1}),  # PKU-SafeRLHF
+    ("output_1", "output_2"): ("preference", {1: 0, 2: 1}),  # AlpacaFarm
+    ("human_ref_A", "human_ref_B"): ("labels", {1: 0, 0: 1}),  # SHP
+    ("conversation_a", "conversation_b"): ("winner", {"model_a": 0, "model_b": 1}),  # LMSYS arena
+    ("response_a", "response_b"): ("winner", {"a": 0, "b": 1, "model_a": 0, "model_b": 1}),
+    ("answer_0", "answer_1"): (("score_0", "score_1"), None),  # WebGPT
+}
+
+
+class Format(NamedTuple):
+    needs: tuple  # names of columns, each a tuple of alternatives of which one must be there
+    parse: callable  # (row, cleaning, notes) -> dicts of prompt, responses and more; raises RowFault
+
+    def fits(self, row):
+        return all(any(name in row for name in names) for names in self.needs)
+
+    def __str__(self):
+        return ", ".join(" or ".join(names[:2]) for names in self.needs)
+
+
+def detected(label, rows):
+    """The first format whose keys one of the rows has, rows taken in order."""
+    n_rows, keys, fault = 0, [], None
+    for _, row in rows():
+        n_rows += row is not None
+        if isinstance(row, dict):
+            for name, format in FORMATS.items():
+                if format.fits(row):
+                    return name
+            keys = keys or sorted(map(str, row))
+        fault = fault or (row if isinstance(row, RowFault) else None)
+    if not n_rows:
+        raise PreferenceError(f"{label}: holds no row; expected JSON lines, one ranked list each")
+    found = f"the first object has {', '.join(keys)[:80]}" if keys else f"the first is {fault.reason}, {fault.found}"
+    known = "; ".join(f"{name} ({format})" for name, format in FORMATS.items())
+    if {"messages", "prompt"} & set(keys) and {"completion", "label", "messages"} & set(keys):
+        known = f"two or more ranked replies to a prompt, as {known}"  # what SFT and KTO have
+    raise PreferenceError(f"{label}: none of {n_rows} rows has the keys of a known format, {found}; expected {known}")
+
+
+def candidates(row, format, cleaning, notes):
+    """What a row holds: dicts of prompt, responses and perhaps rewards, ranks, id, subset, or the RowFault met.
+
+    notes: Counter of what the rules of the format leave out, added to.
+    """
+    if row is None:
+        notes["blank lines"] += 1
+    elif isinstance(row, RowFault):
+        yield row
+    else:
+        try:
+            yield from FORMATS[format].parse(row, cleaning, notes)
+        except RowFault as fault:
+            yield RowFault(fault.reason, fault.found or shape(row))
+
+
+# --- The formats: each turns one row into prompts with responses -----------------------------------------------------
+
+
+def _hh_rlhf(row, cleaning, notes):
+    """{"chosen", "rejected"}: two whole dialogues, equal up to their last reply, as text or as lists of messages."""
+    dialogues = [_dialogue(_one_of(row, names)) for names in (CHOSEN, REJECTED)]
+    if cleaning == "pro":
+        dialogues = _pro_cleaned(*dialogues, notes)
+    (prompt, chosen), (other_prompt, rejected) = map(_parted, dialogues)
+    if prompt != other_prompt:
+        raise RowFault("differing prompts")
+    yield {"prompt": prompt, "responses": [chosen, rejected], **_more(row)}
+
+
+def _pairs(row, cleaning, notes):
+    """{"prompt", "chosen", "rejected"}: replies alone or whole dialogues, as text or as messages; perhaps scores."""
+    yield from _listed(row, [_one_of(row, names) for names in (CHOSEN, REJECTED)], _more(row))
+
+
+def _lists(row, cleaning, notes):
+    """{"prompt", "responses"}: text, messages, or objects with a score or a rank each; else best first or rewards."""
+    responses, more = _field(row, _name(row, RESPONSES), list), _more(row)
+    if responses and all(isinstance(response, dict) and "role" not in response for response in responses):
+        names = [_name(responses[0], SAID), next((name for name in RATED if name in responses[0]), None)]
+        if names[1]:
+            more["rewards"] = [_number(response.get(names[1])) for response in responses]
+        elif "rank" in responses[0]:
+            more["ranks"] = [response.get("rank") for response in responses]
+        responses = [response.get(names[0]) for response in responses]
+    yield from _listed(row, responses, more)
+
+
+def _two(row, cleaning, notes):
+    """Two responses in columns of their own, and a column that says which is better, or a score of each."""
+    columns = next(names for names in TWO if names[0] in row)
+    (said, places), responses = TWO[columns], [_one_of(row, (name,)) for name in columns]
+    if places is None:
+        yield from _listed(row, responses, _more(row) | {"rewards": [_number(row.get(name)) for name in said]})
+        return
+    place = places.get(_whole(row.get(said)))
+    if place is None:
+        notes["pairs without a winner"] += 1  # a tie, or nobody said
+        return
+    yield from _listed(row, responses if place == 0 else responses[::-1], _more(row))
+
+
+def _listed(row, responses, more):
+    """One list: its prompt is that of the responses where they are whole dialogues that agree, else the row's."""
+    parsed, own = [_said(response) for response in responses], _prompt(row)
+    prompts = {prompt for prompt, _ in parsed} or {None}
+    if own is None and None in prompts:
+        raise RowFault("missing key", f"no {PROMPTS[0]!r} in {shape(row)}")
+    found = prompts - {None} or {own}
+    # The row's own may lack what a system says first.
+    if len(found) > 1 or (own and not found <= {own} and not min(found).endswith(own.removeprefix(HUMAN))):
+        raise RowFault("differing prompts")
+    yield {"prompt": min(found), "responses": [reply for _, reply in parsed], **more}
+
+
+def _pro_d3(row, cleaning, notes):
+    """PRO's {"prefix": [[turns] per response], "suffix": [replies], "reward": [...]}; `sft_index` is always 0 there."""
+    prefixes, replies = _field(row, "prefix", list), _texts(row, "suffix")
+    if not all(isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) for turns in prefixes):
+        raise RowFault("wrong type", "'prefix' holds more than lists of text")
+    if len(prefixes) != len(replies):
+        raise RowFault("different number of prefixes and replies")
+    prompts = {
+        "".join(turns).replace("<|prompter|>", f"{HUMAN} ").replace("<|assistant|>", f"{ASSISTANT} ")
+        for turns in prefixes
+    }
+    if len(prompts) > 1:
+        raise RowFault("differing prompts")
+    # {"meta": {"path": "…/hhrlhf/helpful-rejection/train.jsonl"}} names the subset; theirs is one short name for ours.
+    meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
+    folder = Path(str(meta.get("path", ""))).parent.name
+    subset = {"helpful-rejection": "helpful-rejection-sampled"}.get(folder, folder or None)
+    yield {
+        "prompt": as_prompt("".join(prompts)),
+        "responses": replies,
+        "rewards": _field(row, "reward", list),
+        "subset": subset,
+    }
+
+
+def _oasst(row, cleaning, notes):
+    """An OpenAssistant tree: every message whose assistant replies people ranked gives one list (rank 0 is best).
+
+    Deleted messages are left out with all that follows them. Messages by a model ("synthetic") stay: people ranked
+    them too. Replies without any rank are no list; a partly ranked set is rejected.
+    """
+    yield from _ranked_replies(_field(row, "prompt", dict), "", notes)
+
+
+def _ranked_replies(message, conversation, notes):
+    if message.get("deleted"):
+        notes["deleted messages left out"] += 1
+        return
+    opener = HUMAN if _field(message, "role", str) == "prompter" else ASSISTANT
+    conversation += f"{opener} {_field(message, 'text', str).strip()}"
+    children = _field(message, "replies", list)
+    if not all(isinstance(child, dict) for child in children):
+        raise RowFault("wrong type", "'replies' holds more than messages")
+    replies = [child for child in children if child.get("role") == "assistant" and not child.get("deleted")]
+    ranks = [reply.get("rank") for reply in replies]
+    if len(replies) > 1 and ranks.count(None) == len(ranks):
+        notes["messages with unranked replies"] += 1
+    elif len(replies) > 1:
+        yield {
+            "id": message.get("message_id"),
+            "subset": "oasst",
+            "prompt": conversation + ASSISTANT,
+            "responses": [_field(reply, "text", str) for reply in replies],
+            "ranks": ranks,
+        }
+    for child in children:
+        yield from _ranked_replies(child, conversation, notes)
+
+
+# In the order in which "auto" tries them: pairs have the keys of hh-rlhf too.
+FORMATS = {
+    "oasst": Format((("message_tree_id",), ("prompt",)), _oasst),
+    "d3": Format((("prefix",), ("suffix",)), _pro_d3),
+    "lists": Format((PROMPTS, RESPONSES), _lists),
+    "pairs": Format((PROMPTS, CHOSEN, REJECTED), _pairs),
+    "hh-rlhf": Format((CHOSEN, REJECTED), _hh_rlhf),
+    "two": Format((tuple(one for one, _ in TWO), tuple(other for _, other in TWO)), _two),
+}
+
+
+# --- Columns and cells -----------------------------------------------------------------------------------------------
+
+
+def _name(row, names):
+    """The first of these names that the row has. Raises RowFault."""
+    found = next((name for name in names if name in row), None)
+    if found is None:
+        raise RowFault("missing key", f"no {names[0]!r} in {shape(row)}")
+    return found
+
+
+def _one_of(row, names):
+    """Text, or the list or object of messages that a column holds; a cell that spells messages holds them."""
+    name = _name(row, names)
+    spelled = _unpacked(row[name])
+    are_messages = isinstance(spelled, list) and all(isinstance(part, dict) for part in spelled)
+    value = spelled if are_messages else row[name]
+    if isinstance(value, dict) and "full_text" in value:  # WebGPT's question
+        value = value["full_text"]
+    if not isinstance(value, (str, list, dict)):
+        raise RowFault("wrong type", f"{name!r} is {shape(value)}, expected str")
+    return value
+
+
+def _unpacked(value):
+    """The list that a cell of CSV spells, in JSON or as Python prints it; else the value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value
+
+
+def _field(row, key, kind):
+    if key not in row:
+        raise RowFault("missing key", f"no {key!r} in {shape(row)}")
+    value = _unpacked(row[key]) if kind is list else row[key]
+    if not isinstance(value, kind):
+        raise RowFault("wrong type", f"{key!r} is {shape(value)}, expected {kind.__name__}")
+    return value
+
+
+def _texts(row, key):
+    texts = _field(row, key, list)
+    if not all(isinstance(text, str) for text in texts):
+        raise RowFault("wrong type", f"{key!r} holds more than text")
+    return texts
+
+
+def _more(row):
+    """What a row may say beside its texts: id, subset, and the rewards or scores of its replies."""
+    more = {key: row[key] for key in ("id", "subset") if row.get(key) is not None}
+    if row.get("rewards") is not None:
+        more["rewards"] = _unpacked(row["rewards"])
+    for names in SCORED:
+        if all(row.get(name) is not None for name in names):
+            more.setdefault("rewards", [_number(row[name]) for name in names])
+    return more
+
+
+def _number(value):
+    """A score as a number, also where a cell of CSV spells it, with a decimal comma or not; else the value."""
+    if isinstance(value, str):
+        try:
+            return float(value.strip().replace(",", "."))
+        except ValueError:
+            return value
+    return value
+
+
+def _whole(value):
+    """A verdict: a word, or a whole number however it is spelled."""
+    number = _number(value)
+    return int(number) if isinstance(number, (int, float)) and number == int(number) else value
+
+
+# --- Text ------------------------------------------------------------------------------------------------------------
+
+
+def as_prompt(said):
+    """A prompt in the one format: plain text becomes the first human turn, a dialogue in any dialect `canonical`."""
+    body = canonical(said).strip()
+    if not body.startswith("Human:"):
+        return f"{HUMAN} {body}{ASSISTANT}" if body else ""
+    prompt = "\n\n" + body
+    if prompt.endswith(ASSISTANT):
+        return prompt
+    if prompt.rfind(ASSISTANT) > prompt.rfind(HUMAN):
+        raise RowFault("prompt ends in an Assistant turn")
+    return prompt + ASSISTANT
+
+
+def _prompt(row):
+    """The prompt of a row's own column, with what a system says before it; None where it has none."""
+    name = next((name for name in PROMPTS if name in row), None)
+    if name is None:
+        return None
+    value = _one_of(row, (name,))
+    system = row.get("system") or row.get("system_prompt") or ""
+    if isinstance(value, (list, dict)):
+        value = _dialogue(value)
+    elif name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():  # Alpaca
+        value = f"{value.strip()}\n\n{row['input'].strip()}"
+    prompt = as_prompt(value)
+    if isinstance(system, str) and system.strip() and prompt.startswith(HUMAN):
+        return f"{HUMAN} {system.strip()}\n\n{prompt.removeprefix(HUMAN).lstrip()}"
+    return prompt
+
+
+def _dialogue(value):
+    """A dialogue in the format, from text of any dialect or from messages."""
+    if isinstance(value, str):
+        return canonical(value)
+    return text(_turns(value))
+
+
+def _turns(value):
+    try:
+        return from_messages(value if isinstance(value, list) else [value])
+    except ValueError as fault:
+        raise RowFault("wrong type", str(fault)) from fault
+
+
+def _said(value):
+    """(prompt or None, reply) of a response: a reply alone, or a whole dialogue with it at the end."""
+    if isinstance(value, str):
+        dialogue = canonical(value)
+        if not dialogue.lstrip().startswith("Human:"):
+            return None, value
+        return _parted("\n\n" + dialogue.lstrip())
+    if not isinstance(value, (list, dict)):
+        raise RowFault("wrong type", f"a response is {shape(value)}, expected str")
+    turns = _turns(value)
+    if turns and all(role == "Assistant" for role, _ in turns):
+        return None, "\n\n".join(said.strip() for _, said in turns)
+    return _parted(text(turns))
+
+
+def _parted(dialogue):
+    """(prompt, reply) of a dialogue, parted at its last "\\n\\nAssistant:"."""
+    head, opener, reply = dialogue.rpartition(ASSISTANT)
+    if not opener:
+        raise RowFault('no "\\n\\nAssistant:" in dialogue')
+    return head + opener if head.strip() else "", reply
+
+
+# --- The PRO authors' cleaning ---------------------------------------------------------------------------------------
+
+
+def pro_cleaning(dialogue):
+    """(turns, cut) of a dialogue by the rules of the PRO authors' preparation of HH-RLHF.
+
+    The text is split on blank lines; a paragraph that opens no turn ("Human:", "Assistant:") is dropped, so only the
+    first paragraph of a reply survives; neighbouring turns of one role are merged. Returns turns, [(role, text)], and
+    cut, the paragraphs dropped. Their other rules (the prompt of the chosen dialogue, pairs of unequal turn count
+    dropped) are applied by `read(…, cleaning="pro")`, whose own checks still hold afterwards.
+    """
+    turns, cut = [], []
+    for paragraph in dialogue.split("\n\n"):
+        role = next((role for role in ("Human", "Assistant") if paragraph.startswith(f"{role}:")), None)
+        text = paragraph[len(role) + 1 :].strip() if role else paragraph
+        if role and turns and turns[-1][0] == role:
+            turns[-1] = (role, f"{turns[-1][1]}\n{text}")
+        elif role:
+            turns.append((role, text))
+        elif text.strip():
+            cut.append(text)
+    return turns, cut
+
+
+def _pro_cleaned(chosen, rejected, notes):
+    """Both dialogues cleaned, on the chosen one's prompt as PRO does it; what was cut goes into `notes`."""
+    (turns, cut), (other_turns, other_cut) = pro_cleaning(chosen), pro_cleaning(rejected)
+    notes["pairs cut"] += bool(cut or other_cut)
+    notes["dialogues cut"] += bool(cut) + bool(other_cut)
+    notes["characters cut"] += sum(map(len, cut + other_cut))
+    if len(turns) != len(other_turns):
+        raise RowFault("unequal turn count")
+    if not turns or {turns[-1][0], other_turns[-1][0]} != {"Assistant"}:
+        raise RowFault('no "\\n\\nAssistant:" in dialogue')
+    prompt = "".join(f"\n\n{role}: {text}" for role, text in turns[:-1])
+    return [f"{prompt}{ASSISTANT} {reply}" for reply in (turns[-1][1], other_turns[-1][1])]
