@@ -10,7 +10,7 @@ import sys
 import deftlib
 
 COMMANDS = {  # name: (module, what it does, the extra that brings what it imports)
-    "check": ("preferences.lists", "read and check preference data of your own", ""),
+    "check": ("training.check", "tell what is understood of preference data of your own", ""),
     "train": ("training.train", "train one policy by any method", ""),
     "run": ("run", "execute one notebook headless with a profile", "notebooks"),
     "site": ("reporting.site", "turn what was executed into static pages", "reporting"),

@@ -1,6 +1,6 @@
 """Preference data: ranked lists, one prompt with its responses, best first.
 
-    lists          read, check, reject, split: any source becomes one Dataset; `deft check` from the shell
+    lists          read, check, reject, split: any source becomes one Dataset
     formats        what a row means: the formats of this field, by the names of their columns
     sources        which files: one, a folder in any of the usual layouts, the hub
     readers        the rows of one file: JSON lines, a JSON array, CSV, Parquet, in any encoding

@@ -1,12 +1,11 @@
 """Ranked preference data: read, check, reject, split.
 
 A ranked list is one prompt and its responses, best first (`D_2`, `D_3`: two, three of them). HH-RLHF, PRO's `D_3`
-files, OpenAssistant trees and plain JSON lines all become one `datasets.Dataset` with the columns of `FEATURES`, in
+files, OpenAssistant trees and many more formats become one `datasets.Dataset` with the columns of `FEATURES`, in
 one text format: the prompt is "\\n\\nHuman: …\\n\\nAssistant:", a response is " " and the reply. A row that cannot be
-used is rejected, counted and written out with its reason; `deft check PATH` checks from the shell.
+used is rejected, counted and written out with its reason; `deft check PATH` tells what was understood of a file.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -30,7 +29,6 @@ __all__ = [
     "as_prompt",
     "first_human_turn",
     "locate",
-    "main",
     "pro_cleaning",
     "read",
     "read_lists",
@@ -267,37 +265,3 @@ def sample(dataset, n, seed=0):
 def _unit_hash(seed, text):
     # Not `random`: the same on every Python, and independent of what else is in the data.
     return int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "replace")).digest()[:8], "big") / 2**64
-
-
-def main(arguments=None):
-    """Check a source from the shell; exit code 0 if its rejects stay within the share, else 1."""
-    parser = argparse.ArgumentParser(description="Read and check ranked preference data.")
-    add = parser.add_argument
-    add("source", metavar="PATH", help="file of JSON lines, folder, hub id, or mini")
-    add("--split", default="train", help="which file of a folder or hub id (default: train)")
-    add("--format", default="auto", choices=["auto", *FORMATS], help="default: by the keys of the rows")
-    add("--cleaning", default="none", choices=["none", "pro"], help="pro: HH-RLHF as the PRO authors cleaned it")
-    add("--rejects", default="rejects.jsonl", metavar="FILE", help="where rejects go (default: rejects.jsonl)")
-    add("--max-reject-share", type=float, default=0.05, metavar="SHARE", help="stop above it (default: 0.05)")
-    add("--out", metavar="FILE", help="write the lists as Parquet")
-    options = parser.parse_args(arguments)
-    datasets.disable_progress_bars()
-    try:
-        lists = read(
-            options.source,
-            split=options.split,
-            format=options.format,
-            rejects_path=options.rejects,
-            max_reject_share=options.max_reject_share,
-            cleaning=options.cleaning,
-        )
-        if options.out:
-            lists.to_parquet(options.out)
-    except (PreferenceError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,5 +1,6 @@
 """From preference lists to an aligned policy, by any method, with or without the distribution reward.
 
+    check          what is understood of data of your own: `deft check`
     extend         one more reply for every list: D_3 from an endpoint or from the SFT policy
     train          fit(profile, "deft-dpo", seed): one policy, published
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own

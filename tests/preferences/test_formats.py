@@ -19,9 +19,9 @@ from datasets import Dataset
 
 from deftlib.models import policies
 from deftlib.preferences import dialogues
-from deftlib.preferences.lists import PreferenceError, main, read
+from deftlib.preferences.lists import PreferenceError, read
 from deftlib.profile import Text
-from deftlib.training import subset
+from deftlib.training import check, subset
 
 ROWS = [
     {side: row["prompt"] + row["responses"][which] for side, which in (("chosen", 0), ("rejected", -1))}
@@ -129,8 +129,7 @@ def test_parquet_our_own_too_folders_and_shards(original, tmp_path, monkeypatch,
     Dataset.from_list(IMPLICIT).to_parquet(tmp_path / "messages.parquet")
     assert texts(read(tmp_path / "messages.parquet")) == texts(original)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["deft check"])
-    assert main([str(tmp_path / "a.parquet"), "--out", "out.parquet"]) == 0
+    assert check.main([str(tmp_path / "a.parquet"), "--out", "out.parquet"]) == 0
     assert read(tmp_path / "out.parquet").to_list() == read(tmp_path / "a.parquet").to_list()
     shards = tmp_path / "hub" / "data"
     shards.mkdir(parents=True)

@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 from bisect import bisect_left
 from collections import Counter
 from itertools import pairwise
@@ -498,30 +496,6 @@ def test_a_sample_is_equal_over_subsets_as_far_as_they_reach_and_only_grows():
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_prints_counts_and_fails_above_the_share_without_a_traceback(tmp_path):
-    write(tmp_path / "prefs.jsonl", *[hh()] * 3, hh(chosen=""))
-
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "deftlib", "check", "prefs.jsonl", *arguments],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-
-    stopped = command()
-    assert (stopped.returncode, stopped.stdout.count("\n"), stopped.stderr.count("\n")) == (1, 1, 1)
-    assert stopped.stderr.startswith("error: prefs.jsonl: 1 of 4 lists rejected")
-    assert (tmp_path / "rejects.jsonl").exists()
-    passed = command(
-        "--max-reject-share", "0.25", "--out", "lists.parquet", "--rejects", "r.jsonl", "--format", "hh-rlhf"
-    )
-    assert (passed.returncode, passed.stderr) == (0, "")
-    assert passed.stdout == "read 3 lists from prefs.jsonl; rejected 1: 1 empty reply (rejects: r.jsonl)\n"
-    assert len(datasets.Dataset.from_parquet(str(tmp_path / "lists.parquet"))) == 3
 
 
 # --- The real files --------------------------------------------------------------------------------------------------
