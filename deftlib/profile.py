@@ -17,6 +17,7 @@ from typing import Literal
 import yaml
 
 from deftlib import typed
+from deftlib.credentials import hidden
 from deftlib.store import ROOT
 from deftlib.typed import ProfileError
 
@@ -257,7 +258,7 @@ class Settings:
 
     def __str__(self):
         text = yaml.safe_dump(self._tree(), sort_keys=False, default_flow_style=None, width=110)
-        return _without_passwords(text).rstrip()
+        return text.rstrip()
 
 
 @dataclass(frozen=True)
@@ -294,12 +295,12 @@ class Profile(Settings):
     @classmethod
     def load(cls, name, overrides=None):
         """The profile of that name, with overrides applied. Raises ProfileError on anything unknown."""
-        tree = _read(name)
+        tree = hidden(_read(name))
         plain = typed.build(Settings, tree)
         if plain.name != name:
             raise ProfileError(f"{name}.yaml calls itself {plain.name!r}, expected {name!r}")
         for key, value in (overrides or {}).items():
-            typed.override(tree, key, value)
+            typed.override(tree, key, hidden(value))
         chosen = typed.build(Settings, tree)
         were = plain.settings()
         changes = {key: value for key, value in chosen.settings().items() if key not in were or were[key] != value}
@@ -309,7 +310,7 @@ class Profile(Settings):
     def options(self):
         """The options of a command that give this profile: "--profile mini --set grading.top=10.0"."""
         sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes.items()]
-        return _without_passwords(" --set ".join([f"--profile {self.name}", *sets]))
+        return " --set ".join([f"--profile {self.name}", *sets])
 
 
 def add_options(parser, default="mini"):
@@ -351,8 +352,3 @@ def _label(settings, changes):
 def _digest(tree):
     """12 hex digits over a nested dict."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _without_passwords(text):
-    """A text without what stands before the @ of a URL: it is written to files that are shown."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

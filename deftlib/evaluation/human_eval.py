@@ -15,6 +15,7 @@ may rate any pair, and `agreement` is computed from the pairs that several rated
 """
 
 import html
+import io
 import math
 import re
 from pathlib import Path
@@ -97,21 +98,28 @@ def read_ratings(path, key):
 
     key: the sheet's key (or the sheet). A pair without any answer has no row; incomplete is the number of the sheet's
     pairs that lack one answer or both, be they in the file or not.
+    The file may be what a spreadsheet of any country makes of a sheet: with commas, semicolons or tabs, in any encoding
+    (names and answers are ASCII), 1 as 1.0 or 1,0, in upper case, with blanks, empty rows and columns of its own.
     Raises RatingError, with file and row, for a missing column, a pair that is not in the key, one that stands there
-    twice, another answer than 1, tie or 2 (upper case and blanks around it do no harm).
+    twice, another answer than 1, tie or 2.
     """
     path = Path(path)
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' and Python's kinds: an empty file, uneven rows, another encoding
-        raise RatingError(f"{path} is not a CSV file in UTF-8: {error}") from error
+        text = _decoded(path.read_bytes())
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        frame = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    except (ValueError, OSError) as error:  # pandas' kinds too: an empty file, uneven rows
+        raise RatingError(f"{path} is not a CSV file: {error}") from error
+    frame.columns = frame.columns.str.strip().str.lower()
     missing = [name for name in ["pair", *ASPECTS] if name not in frame]
     if missing:
         raise RatingError(f"{path}: no column {', '.join(missing)} among {', '.join(frame)}; is it a filled sheet?")
     frame = frame[["pair", *ASPECTS]].apply(lambda column: column.str.strip())
-    frame[ASPECTS] = frame[ASPECTS].apply(lambda column: column.str.lower())
+    one_or_two = lambda column: column.str.lower().str.replace(r"^([12])[.,]0+$", r"\1", regex=True)
+    frame[ASPECTS] = frame[ASPECTS].apply(one_or_two)
+    frame = frame[frame.ne("").any(axis=1)]  # as a spreadsheet leaves below a table
     known, seen = set(key["pair"]), {}
-    for row, (pair, *answers) in enumerate(frame.itertuples(index=False), start=2):  # as a spreadsheet counts
+    for row, pair, *answers in frame.set_index(frame.index + 2).itertuples():  # as a spreadsheet counts
         if pair not in known:
             raise RatingError(f"{path}, row {row}: no pair {pair!r} in this sheet; was it made from other replies?")
         if pair in seen:
@@ -124,6 +132,16 @@ def read_ratings(path, key):
     incomplete = len(known) - len(frame.dropna())
     frame.insert(1, "rater", path.stem)
     return frame.dropna(subset=ASPECTS, how="all").reset_index(drop=True), incomplete
+
+
+def _decoded(content):
+    """The text of a CSV file: UTF-16 by its mark, UTF-8, else one byte a character."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def rate_by_true_reward(sheet, margin=5.0):

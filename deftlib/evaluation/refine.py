@@ -11,11 +11,12 @@ import json
 
 import pandas as pd
 
-from deftlib import store
+from deftlib import credentials, store
 from deftlib.models import endpoint
 from deftlib.preferences import mini_world
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, add_options
+from deftlib.reporting import escape
 from deftlib.training import subset
 
 WORLD = "the mini world's best answer"
@@ -46,7 +47,7 @@ def references(profile, parts):
     """
     who, refiner = _refiner(profile), profile.evaluation.refiner
     test_part = parts / "test.parquet"
-    key = {"refiner": [who, endpoint.without_password(refiner.url)], "prompt": PROMPT, "test": store.digest(test_part)}
+    key = {"refiner": [who, credentials.without(refiner.url)], "prompt": PROMPT, "test": store.digest(test_part)}
     if who == WORLD:
         key["world"] = mini_world.digest()
     else:  # under a stricter share it is made again, of the answers kept
@@ -113,8 +114,8 @@ def _card(profile, who, versions, frame, n_failed):
         how = f"""The refiner is {who}: a reply of true reward 100, computed and not asked of a model. It shows that the
 machinery works and says nothing about the paper. All texts are this project's own, under its licence."""
     else:
-        url, named = endpoint.without_password(profile.evaluation.refiner.url), ", ".join(f"`{v}`" for v in versions)
-        how = f"""The refiner is the model `{who}` at {url} (it calls itself {named}),
+        url, named = credentials.without(profile.evaluation.refiner.url), ", ".join(map(escape.markdown, versions))
+        how = f"""The refiner is the model {escape.markdown(who)} at {url} (it calls itself {named}),
 asked at temperature 0 with the prompt below, which is ours. **The paper's references were refined by ChatGPT with a
 prompt that is not published: a number made from these stands beside the paper's only with that difference named.**
 

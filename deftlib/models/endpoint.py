@@ -12,9 +12,8 @@ from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-from deftlib import store
+from deftlib import credentials, store
 from deftlib.models import chat
 from deftlib.models.chat import EMPTY, NoText
 from deftlib.models.loop import with_progress
@@ -51,7 +50,7 @@ def ask(endpoint, requests, path, label="asking", at_once=8):
     package, no connection, 401, 403, 404), ValueError for an endpoint without a URL or a model.
     """
     if not (endpoint.url and endpoint.model):
-        found = f"{without_password(endpoint.url)!r} and {endpoint.model!r}"
+        found = f"{credentials.without(endpoint.url)!r} and {endpoint.model!r}"
         raise ValueError(f"an endpoint is a URL (http://localhost:8000/v1) and the name of a model, found {found}")
     kept = store.Kept(path)
     questions = _questions(endpoint, requests)
@@ -118,12 +117,6 @@ def kept_file(profile_name, endpoint):
     return store.build_dir(profile_name) / "kept" / f"{store.content_key([endpoint.url, endpoint.model])}.jsonl"
 
 
-def without_password(url):
-    """The URL as results may show it: no user, password or query."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 def _questions(endpoint, requests):
     """What the answers to these requests are kept under."""
     limit = {"max_tokens": endpoint.max_tokens} if endpoint.max_tokens else {}
@@ -158,7 +151,7 @@ def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
             yield [(under_way.pop(future), future) for future in wait(under_way, return_when=FIRST_COMPLETED).done]
 
     with (
-        chat.Client(endpoint.url, secret, TIMEOUT) as client,
+        chat.Client(credentials.given(endpoint.url), secret, TIMEOUT) as client,
         ThreadPoolExecutor(at_once) as pool,
     ):
         for done in with_progress(as_they_come(), label, total=len(todo)):
@@ -181,7 +174,7 @@ def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
                 if budget and SPENT[name] >= budget:
                     stop = spent
     if in_vain and reasons:
-        raise EndpointError(f"{without_password(endpoint.url)}: {list(reasons.values())[-1]}")
+        raise EndpointError(f"{credentials.without(endpoint.url)}: {list(reasons.values())[-1]}")
     return reasons | dict.fromkeys(left, f"{NOT_ASKED}: {stop}")
 
 
@@ -201,4 +194,4 @@ def _reason(error, secret):
     cause = f" ({error.__cause__})" if type(error).__name__ == "APIConnectionError" else ""
     text = f"{error}" if plain else f"{type(error).__name__}: {error}{cause}"
     hint = HINTS.get(getattr(error, "status_code", None))
-    return " ".join(text.replace(secret, "***").split())[:200] + (f"; {hint}" if hint else "")
+    return " ".join(credentials.redacted(text.replace(secret, "***")).split())[:200] + (f"; {hint}" if hint else "")

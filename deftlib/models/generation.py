@@ -13,7 +13,7 @@ from itertools import takewhile
 
 import torch
 
-from deftlib import store
+from deftlib import credentials, store
 from deftlib.models import endpoint, policies
 from deftlib.models.loop import with_progress
 from deftlib.models.said import first_turn, reply_in
@@ -107,7 +107,7 @@ def numbered(prompts):
 def identity(policy):
     """What a policy is, for the key of a result made from its replies; of an endpoint without its password."""
     if isinstance(policy, Endpoint):
-        return [endpoint.without_password(policy.url), policy.model]
+        return [credentials.without(policy.url), policy.model]
     return policies.identity(policy)
 
 

@@ -5,6 +5,7 @@
     report         save_table, save_figure: every artefact with its data
     records        save_claim; where every artefact comes from
     claims_page    claims.md and differences.md
+    escape         text that others wrote, inside Markdown and LaTeX
     claims         what the paper claims, and the rule of verdicts
 
 Start with `report.save_table`.

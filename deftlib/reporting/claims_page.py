@@ -1,10 +1,11 @@
 """The pages of a run's claims: `claims.md`, in ten lines and a row for each part, and `differences.md`."""
 
 import json
+import re
 
 from deftlib import store
 from deftlib.profile import Profile
-from deftlib.reporting import claims
+from deftlib.reporting import claims, escape
 
 POINTS = "*Points* are points of 100 · mean(sigmoid) of `r_eval`, as in the paper's tables."
 POINTS_OF_MINI = "*Points* are points of the mini world's true reward, 0 to 100: sizes do not compare with the paper's."
@@ -52,7 +53,7 @@ def page(profile, parts, recorded):
     rows = [_row(part, recorded.get(part.name), found[part.name], subject, cells, not is_mini) for part in parts]
     paragraphs = [
         f"# Claims of the paper, profile {profile.label}" + ": a verdict on the code, never on the paper" * is_mini,
-        f"{profile.about[0].upper()}{profile.about[1:]}.",
+        escape.markdown(f"{profile.about[0].upper()}{profile.about[1:]}."),
         "\n".join(_in_short(parts, found)),
         claims.RULE + " " + (POINTS_OF_MINI if is_mini else POINTS),
         NOT_PUBLIC,
@@ -101,7 +102,7 @@ def _row(part, record, verdict, subject, cells, has_size):
     size = "in words" if part.published is None else f"{part.published:{sign}.4g}"
     row = {"claim": part.name, "what is compared": f"{part.means} ({part.unit})", "published": size}
     row |= {"ours [95 %]": None, "seeds × n": None, "judge, its accuracy": None, "p, adjusted": None}
-    row[f"verdict on the {subject}"] = verdict.said + f": {verdict.reason}" * bool(verdict.reason)
+    row[f"verdict on the {subject}"] = verdict.said + f": {escape.markdown(verdict.reason)}" * bool(verdict.reason)
     row["published size inside?"] = None
     if record and record["ours"]:
         mean, low, high, n = record["ours"]
@@ -130,7 +131,7 @@ def _judge(part, record):
         return {"text": "none needed", "annotators": "the annotators", "seconds": "a clock"}.get(part.by)
     accuracy = (judge.get("accuracy") or {}).items()
     shares = [f"{axis} {mean:.0%} [{low:.0%}, {high:.0%}]" for axis, (mean, low, high, _) in accuracy]
-    return ", ".join([judge["name"], *shares])
+    return ", ".join([escape.markdown(judge["name"]), *shares])
 
 
 def _as_it_counts(profile, record):
@@ -170,7 +171,7 @@ def differences(profile):
         {key: _text(value) for key, value in each.settings().items()} for each in (Profile.load("paper"), profile)
     )
     rows = [
-        {"setting": f"`{key}`", "paper": theirs[key], profile.name: ours[key]}
+        {"setting": f"`{key}`", "paper": escape.markdown(theirs[key]), profile.name: escape.markdown(ours[key])}
         for key in theirs
         if theirs[key] != ours[key] and key not in ("name", "about")
     ]
@@ -188,4 +189,4 @@ def markdown_table(rows):
     """A Markdown table of [{column: text}]; a missing cell is a dash."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([row.get(column) or "–" for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |" for line in lines)

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from deftlib import store
-from deftlib.reporting import records
+from deftlib.reporting import escape, records
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 GOOD, BAD, NEUTRAL = "#0072B2", "#D55E00", "#7F7F7F"
@@ -35,6 +35,12 @@ def _unfit():
 def fit_to_show(text):
     """Whether no word of the text begins as one in `data/unfit_words.txt`; crude, so it rather hides too much."""
     return not _unfit().search(text)
+
+
+def fit_rows(frame, *columns):
+    """The rows of a DataFrame of texts that may be shown to anybody: none of a subset about harm, no unfit word."""
+    fit = frame[list(columns)].map(fit_to_show).all(axis=1)
+    return frame[fit & ~frame["subset"].str.startswith("harmless")]
 
 
 def readable(token):
@@ -105,9 +111,14 @@ def save_table(profile, name, frame, title, notebook, best=None, seeds=None, opt
     marks = _marks(frame, text, best or {})
     flat = frame.set_axis([_joined(column, "/") for column in frame.columns], axis=1)
     store.write_atomic(folder / f"{name}.csv", flat.to_csv())
-    store.write_atomic(folder / f"{name}.md", f"**{title}**\n\n{_markdown(text, marks)}\n")
+    store.write_atomic(folder / f"{name}.md", f"**{escape.markdown(title)}**\n\n{_markdown(text, marks)}\n")
     store.write_atomic(folder / f"{name}.tex", _latex(text, marks, title, f"tab:{name}"))
     records.record(profile, name, title, notebook, seeds, options)
+
+
+def as_markdown(frame):
+    """A DataFrame as a Markdown table to display, whatever its texts hold."""
+    return _markdown(_as_text(frame), {})
 
 
 def _as_text(frame):
@@ -164,7 +175,7 @@ def _marked(text, marks, escaped, **wraps):
 
 def _markdown(text, marks):
     """A Markdown table; the levels of a column's name stand below each other."""
-    shown = _marked(text, marks, _escaped_markdown, best="**{}**", second="<u>{}</u>")
+    shown = _marked(text, marks, escape.markdown, best="**{}**", second="<u>{}</u>")
     shown.columns = [_joined(column, "<br>") for column in shown.columns]
     sides = ["left"] * shown.index.nlevels
     sides += ["right" if _has_number(text.iloc[:, j]) else "left" for j in range(text.shape[1])]
@@ -173,12 +184,12 @@ def _markdown(text, marks):
 
 def _latex(text, marks, title, label):
     """A LaTeX table (booktabs, multirow); the outer level of a column's name spans the inner ones, long text wraps."""
-    shown = _marked(text, marks, _escaped_latex, best=r"\textbf{{{}}}", second=r"\underline{{{}}}")
+    shown = _marked(text, marks, escape.latex, best=r"\textbf{{{}}}", second=r"\underline{{{}}}")
     sides = ["l"] * shown.index.nlevels
     for column in (text.iloc[:, j] for j in range(text.shape[1])):
         sides.append("p{4cm}" if column.str.len().max() > 60 else "r" if _has_number(column) else "l")
     options = {"column_format": "".join(sides), "multicolumn_format": "c"}
-    return shown.to_latex(escape=False, caption=_escaped_latex(title), label=label, **options)
+    return shown.to_latex(escape=False, caption=escape.latex(title), label=label, **options)
 
 
 def _has_number(column):
@@ -186,21 +197,6 @@ def _has_number(column):
 
 
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(e[-+]?\d+)?")
-_LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "|": r"\textbar{}"}
-_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "–": "--", "ω": r"$\omega$"}
-_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-
-
-def _escaped_markdown(text):
-    return _one_line(text).replace("<", "&lt;").replace("|", r"\|")
-
-
-def _escaped_latex(text):
-    return _one_line(text).translate(str.maketrans(_LATEX))
-
-
-def _one_line(text):
-    return "" if text is None else " ".join(str(text).split())
 
 
 def _joined(label, between):

@@ -31,6 +31,11 @@ TEXTS = {"differences": "Differences from the paper", "related_methods": "Relate
 FETCHING = {"script", "link", "img", "iframe", "embed", "object", "source", "audio", "video"}  # tags, unasked
 
 
+_RUNS = re.compile(r"\s*(?:javascript|vbscript|data:text/html)", re.IGNORECASE)  # addresses that are programs
+# Tags that our own Markdown uses, without attributes; what else stands in it as HTML is shown as text.
+_OWN_TAG = re.compile(r"(?P<own></?(?:u|b|i|br|sub|sup|code|details|summary)\s*/?>)|<[^>]*>?")
+
+
 class SiteError(RuntimeError):
     """There is nothing to show yet, or a page would fetch something from elsewhere."""
 
@@ -115,10 +120,23 @@ class _Renderer(IPythonRenderer):
     def block_math(self, body):
         return convert(body, display="block")
 
+    def inline_html(self, html):
+        return _OWN_TAG.sub(lambda tag: tag[0] if tag["own"] else escape(tag[0]), html)
+
+    def block_html(self, html):
+        return self.inline_html(html)
+
+    def image(self, text, url, title=None):
+        if "://" in url or url.startswith("//"):
+            return escape(f"{text} ({url})")  # a picture from elsewhere is told, not fetched
+        return super().image(text, url, title)
+
     def link(self, text, url, title=None):
+        if _RUNS.match(url):
+            return f"{text} ({escape(url)})"
         name, is_notebook, _ = url.rpartition("/")[2].partition(".ipynb")
         if is_notebook and name in self.notebooks:
-            number = re.search(r", cell (\d+)$", text)  # as claims.md writes it
+            number = re.search(r"cell (\d+)$", text)  # as claims.md writes it
             url = _address(name, number and number[1])
         elif url == f"{name}.ipynb":
             url = f"../../../notebooks/{url}"  # not executed here: the committed one
@@ -230,6 +248,8 @@ class _Finder(HTMLParser):
         if tag == "script":
             self.found += ("a script",)
         for name, value in attributes:
+            if name.startswith("on") or _RUNS.match(value or ""):
+                self.found += (f"{name} of <{tag}>",)
             if name == "style":
                 self.handle_style(value or "")
             elif tag in FETCHING and name in ("src", "href", "data", "srcset", "poster"):

@@ -11,11 +11,12 @@ import json
 import re
 from collections import Counter
 
-from deftlib import store
+from deftlib import credentials, store
 from deftlib.models import endpoint, generation, policies, rewards
 from deftlib.models.said import first_turn
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Endpoint, Profile, add_options
+from deftlib.reporting import escape
 from deftlib.training import subset, train
 
 MADE_FROM_LISTS = {  # overrides, beside data.source, under which a profile reads the published folder
@@ -42,7 +43,7 @@ def longer_lists(profile, server=None, seed=0):
     settings, prompts = dataclasses.replace(profile.generation, **changes), list(lists["prompt"])
     if server:
         name = _name(lists, server.model)
-        writer = {"endpoint": endpoint.without_password(server.url), "model": server.model, **changes}
+        writer = {"endpoint": credentials.without(server.url), "model": server.model, **changes}
         writer["max_reject_share"] = profile.data.max_reject_share  # under a stricter one, made again of answers kept
     else:
         name, policy = _name(lists, "sampled"), train.fit(profile, "sft", seed)
@@ -134,8 +135,8 @@ def _card(profile, record):
     if "policy" in writer:
         who = f"the SFT policy of profile `{profile.name}` (seed {record['seed']})"
     else:
-        versions = ", ".join(f"`{version}`" for version in record["answered_by"])
-        who = f"the model `{writer['model']}` at {writer['endpoint']} (it calls itself {versions})"
+        versions = ", ".join(map(escape.markdown, record["answered_by"]))
+        who = f"the model {escape.markdown(writer['model'])} at {writer['endpoint']} (it calls itself {versions})"
     places = ", ".join(f"{place}: {count}" for place, count in record["place_of_the_new_reply"].items())
     overrides = {"data.source": "<this folder>", **MADE_FROM_LISTS}
     return f"""# {name}: one more reply for every list

@@ -20,6 +20,7 @@ from deftlib.models import features, policies, rewards
 from deftlib.preferences import lists as ranked_lists
 from deftlib.preferences.lists import read_lists
 from deftlib.preferences.sources import files
+from deftlib.reporting import escape
 
 
 class Graded(NamedTuple):
@@ -269,7 +270,8 @@ def _data_card(graded_lists, profile, grading):
     lists = graded_lists.lists.select_columns(["subset", "level"]).to_pandas()
     table = lists.groupby(["subset", "level"]).size().unstack(fill_value=0)
     header = "| subset | " + " | ".join(table.columns) + " |\n|---|" + "---|" * len(table.columns)
-    rows = "\n".join(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(table.index, table.values))
+    names = map(escape.markdown, table.index)
+    rows = "\n".join(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(names, table.values))
     how = {
         "reward": f"by reward model ({profile.reward_models.train.source}): level A the top {profile.grading.top} %, "
         f"level C the bottom {profile.grading.bottom} % of each subset (anonymous version, sec. 3.1)",

@@ -176,11 +176,25 @@ def test_a_file_that_does_not_fit_is_refused_with_its_row(compared, tmp_path, da
     assert said.format(*sheet["pair"]) in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"pair,harmless,helpful\na,1\nb,1,1,1,1\n", "pair,hé".encode("latin-1")])
+@pytest.mark.parametrize("content", [b"", b"pair,harmless,helpful\na,1\nb,1,1,1,1\n", b"\xff\xfe\x00"])
 def test_a_file_that_is_no_csv_is_refused_by_name(compared, tmp_path, content):
     (tmp_path / "Ada.csv").write_bytes(content)
-    with pytest.raises(RatingError, match=r"Ada\.csv is not a CSV file in UTF-8"):
+    with pytest.raises(RatingError, match=r"Ada\.csv is not a CSV file"):
         read_ratings(tmp_path / "Ada.csv", compared[1])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252", "mac_roman"])
+def test_a_sheet_that_a_spreadsheet_of_another_country_saved_is_the_same(compared, tmp_path, delimiter, encoding):
+    sheet, key = compared
+    given = ["1.0", "2,0", "TIE", " 1 ", ""] * 2
+    frame = filled(sheet, given, given[::-1]).rename(columns={"harmless": "Harmless "})
+    frame["prompt"], frame["Unnamed: 9"] = "é ä ö", ""  # of its own; the texts may be damaged
+    text = frame.to_csv(index=False, sep=delimiter) + delimiter * (len(frame.columns) - 1) + "\r\n"
+    (tmp_path / "Ada.csv").write_bytes(text.encode(encoding))
+    ratings, incomplete = read_ratings(tmp_path / "Ada.csv", key)
+    assert ratings["harmless"].fillna("").tolist() == ["1", "2", "tie", "1", ""] * 2
+    assert incomplete == 4
 
 
 def test_ratings_of_other_replies_to_the_same_prompts_are_refused(compared, tmp_path):

@@ -171,7 +171,7 @@ def test_text_is_escaped_in_titles_labels_and_cells(profile, tmp_path):
     tex = (tmp_path / "mini/t.tex").read_text()
     assert r"\caption{95 \% of R\_dis}" in tex and r"50 \% \& \textbar{}x\textbar{}" in tex
     assert r"$\omega$ = 0 & a\_b \textless{}c\textgreater{} \{d\}" in tex
-    assert r"| ω = 0 | a_b &lt;c> {d} |" in lines_of(tmp_path, "md")[4]
+    assert "| ω = 0 | a_b &lt;c> {d} |" in " ".join(lines_of(tmp_path, "md")[4].split())
 
 
 def test_labels_of_points_keep_their_order_and_stay_apart_and_inside():

@@ -1,0 +1,51 @@
+"""Credentials in the URLs of a profile: taken out as it is read, given back where a server is asked, shown nowhere.
+
+    hidden({"url": "http://me:SECRET@host/v1?api-key=K"})      # {"url": "http://host/v1"}
+    given("http://host/v1")                                    # "http://me:SECRET@host/v1?api-key=K"
+
+They travel in the environment, so that the kernel of a notebook that this process starts has them too.
+"""
+
+import json
+import os
+import re
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+VARIABLE = "DEFT_URLS"  # {URL as it is shown: as it was given}
+SHOWN = ("api-version",)  # parameters that are no secret: Azure's
+_URL = re.compile(r"\b[a-zA-Z][\w+.-]*://[^\s\"'<>`]*[^\s\"'<>`.,;:!?)\]]")
+
+
+def without(url):
+    """The URL as results may show it: no user, no password, no parameter but `SHOWN`, no fragment."""
+    parts = urlsplit(url)
+    query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if name in SHOWN])
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment="").geturl()
+
+
+def redacted(text):
+    """A text with every URL in it as results may show it."""
+    return _URL.sub(lambda found: without(found[0]), text)
+
+
+def hidden(tree):
+    """Nested settings with every URL as results may show it; `given` knows the whole one from now on."""
+    if isinstance(tree, dict):
+        return {key: hidden(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [hidden(value) for value in tree]
+    if not (isinstance(tree, str) and _URL.fullmatch(tree.strip())):
+        return tree
+    shown = without(tree.strip())
+    if shown != tree:
+        os.environ[VARIABLE] = json.dumps(_known() | {shown: tree.strip()})
+    return shown
+
+
+def given(url):
+    """The URL with the credentials that it was given with, if any."""
+    return _known().get(url, url)
+
+
+def _known():
+    return json.loads(os.environ.get(VARIABLE, "{}"))
