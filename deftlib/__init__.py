@@ -14,6 +14,7 @@ down this list only, and down the list of files that each room opens with:
     method         the paper's equations alone, with torch and numpy and nothing else
     run            one notebook, executed headless
     profile        Profile: one typed record of every size, model and data source
+    command        one sentence where a command goes wrong
     credentials    URLs as they are shown, and as they were given
     typed          nested dicts checked against dataclasses
     intervals      means with 95 % intervals

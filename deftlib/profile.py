@@ -22,6 +22,7 @@ from deftlib.store import ROOT
 from deftlib.typed import ProfileError
 
 FOLDER = ROOT / "notebooks" / "profiles"
+NAMES = ("mini", "hh-rlhf", "oasst", "policy", "words")  # sources by name, whatever stands in the user's folder
 
 
 Part = Literal["policy", "reward_train", "reward_eval", "dev", "test"]
@@ -276,10 +277,7 @@ class Profile(Settings):
     def from_options(cls, options):
         """The profile that a command was asked for, by the options of `add_options`. Raises ProfileError."""
         overrides = typed.flat(dict(cls.override(text) for text in options.set))
-        source, named = overrides.get("data.source"), ("mini", "hh-rlhf", "oasst")
-        if isinstance(source, str) and source not in named and Path(source).exists():
-            overrides["data.source"] = str(Path(source).resolve())  # meant from here, not from the notebooks' folder
-        return cls.load(options.profile, overrides)
+        return cls.load(options.profile, {key: from_here(key, value) for key, value in overrides.items()})
 
     @staticmethod
     def override(text):
@@ -311,6 +309,16 @@ class Profile(Settings):
         """The options of a command that give this profile: "--profile mini --set grading.top=10.0"."""
         sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes.items()]
         return " --set ".join([f"--profile {self.name}", *sets])
+
+
+def from_here(key, value):
+    """The value, its paths absolute: they are meant from where the user stands, not from the notebooks' folder."""
+    if isinstance(value, list):
+        return [from_here(key, part) for part in value]
+    if isinstance(value, dict):
+        return {name: from_here(name, part) for name, part in value.items()}
+    is_path = key.rpartition(".")[2] in ("source", "bart") and isinstance(value, str) and value not in NAMES
+    return str(Path(value).expanduser().resolve()) if is_path and value and Path(value).expanduser().exists() else value
 
 
 def add_options(parser, default="mini"):

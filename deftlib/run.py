@@ -15,8 +15,9 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from deftlib.command import one_sentence
 from deftlib.profile import Profile, ProfileError, add_options
-from deftlib.store import ROOT, StoreError, build_dir, explained
+from deftlib.store import ROOT, build_dir, explained
 
 
 def execute(notebook, profile):
@@ -54,11 +55,10 @@ def main(arguments=None):
     _show_cell_output(args.notebook.stem.partition("_")[0])
     start = time.perf_counter()
     try:
-        if not args.notebook.is_file():
-            raise ProfileError(f"no notebook {args.notebook}")
-        target = execute(args.notebook, Profile.from_options(args))
-    except (ProfileError, StoreError) as error:
-        raise SystemExit(f"error: {error}") from error
+        with one_sentence():
+            if not args.notebook.is_file():
+                raise ProfileError(f"no notebook {args.notebook}")
+            target = execute(args.notebook, Profile.from_options(args))
     except PapermillExecutionError as error:
         raise SystemExit(
             f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of *.failed.ipynb)"

@@ -239,3 +239,20 @@ def test_outside_a_checkout_one_sentence_says_what_to_do(monkeypatch, tmp_path):
 def test_what_is_written_down_holds_no_password():
     secret = Profile.load("mini", {"evaluation.refiner.url": "https://me:SECRET@host/v1"})
     assert "SECRET" not in str(secret) + secret.options + secret.label and "https://host/v1" in secret.options
+
+
+def test_a_path_is_meant_from_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mymodel", "prefs.jsonl", "judge", "questions", "policy"):
+        (tmp_path / name).mkdir()
+    sets = ["policy.source=mymodel", "data.source=prefs.jsonl", "mt_bench.source=questions", "evaluation.bart=nowhere"]
+    sets += ["reward_models.train={source: policy}", "reward_models.evaluate={source: ./judge, train: false}"]
+    sets += ["evaluation.zero_shot=[{name: mine, source: mymodel}]"]
+    profile = Profile.from_options(argparse.Namespace(profile="mini", set=sets))
+    assert profile.policy.source == profile.evaluation.zero_shot[0].source == str(tmp_path / "mymodel")
+    assert profile.data.source == str(tmp_path / "prefs.jsonl") and profile.mt_bench.source == str(
+        tmp_path / "questions"
+    )
+    assert profile.reward_models.evaluate.source == str(tmp_path / "judge")
+    assert profile.reward_models.train.source == "policy"  # a name, whatever stands here
+    assert profile.evaluation.bart == "nowhere"  # a hub id, perhaps

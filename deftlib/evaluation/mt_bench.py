@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from deftlib import store
+from deftlib.command import one_sentence
 from deftlib.evaluation import mini_bench, questions
 from deftlib.evaluation.questions import OTHER, TEMPERATURES, WITH_REFERENCE, MTBenchError, lines
 from deftlib.intervals import Samples, mean_interval
@@ -293,15 +294,13 @@ def main(arguments=None):
     add_options(parser)
     parser.add_argument("--aggregate", metavar="FILE", help="only read a file of FastChat's judgments and average it")
     options = parser.parse_args(arguments)
-    try:
+    with one_sentence(2):
         profile = Profile.from_options(options)
         if options.aggregate:
             judged = aggregate(options.aggregate)
         else:
             bench = questions.load(profile)
             judged = judgments(profile, bench, all_answers(profile, bench))
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
     table, missing = labelled(score_table(ratings(judged)), profile), judged[judged["rating"].isna()]
     print(f"\njudge: {judged['judge'].iloc[0]}\n{table.to_string(float_format='{:.2f}'.format)}")
     for reason, count in missing["reason"].value_counts().items():

@@ -14,7 +14,7 @@ import pandas as pd
 
 from deftlib import store
 from deftlib.evaluation import mini_bench
-from deftlib.models.policies import WHEELS, ModelError, Wheels, unpack_wheel
+from deftlib.models.wheels import WHEELS, ModelError, Wheels, unpack_wheel
 
 # FastChat's sampling temperature of each category, in the order of the radar plot.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0}

@@ -12,6 +12,7 @@ import json
 import pandas as pd
 
 from deftlib import credentials, store
+from deftlib.command import one_sentence
 from deftlib.models import endpoint
 from deftlib.preferences import mini_world
 from deftlib.preferences.lists import read_lists
@@ -142,12 +143,10 @@ alone. A reference carries its writer's style, so BLEU against it favours polici
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Let a stronger model rewrite the references; print the folder.")
     add_options(parser)
-    try:
+    with one_sentence():
         profile = Profile.from_options(parser.parse_args(arguments))
         _refiner(profile)  # if there is none, say so before the lists are read, which may take minutes
         print(references(profile, subset.parts(profile)))
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

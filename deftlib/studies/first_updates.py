@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from deftlib import store
+from deftlib.command import one_sentence
 from deftlib.method.grading import extreme_sides
 from deftlib.models import policies, rewards
 from deftlib.models.loop import Progress, fit_or_resume, read_log
@@ -110,13 +111,11 @@ def main(arguments=None):
     add_options(parser, default="smol")
     parser.add_argument("--methods", nargs="+", default=train.METHODS, help="default: all; each runs with DEFT too")
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence():
         profile = Profile.from_options(args)
         runs = [(prefix + method, profile.data.source) for method in args.methods for prefix in ("", "deft-")]
         runs += [(method, "oasst") for method in args.methods if method in LISTWISE]
         rows = [{"method": method, "data": data} | measured(profile, method, data) for method, data in runs]
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
     table = pd.DataFrame(rows).set_index(["method", "data"])
     title = f"{UPDATES} updates of every method on {profile.policy.source}"
     chosen = "" if args.methods == train.METHODS else "--methods " + " ".join(args.methods)

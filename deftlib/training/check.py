@@ -12,6 +12,7 @@ from collections import Counter
 import datasets
 import numpy as np
 
+from deftlib.command import one_sentence
 from deftlib.models import policies
 from deftlib.preferences import dialogues
 from deftlib.preferences.formats import FORMATS, detected
@@ -88,7 +89,7 @@ def main(arguments=None):
     add_options(parser, default=None)
     options = parser.parse_args(arguments)
     datasets.disable_progress_bars()
-    try:
+    with one_sentence():
         profile = Profile.from_options(options) if options.profile else None
         lists = read(
             options.source,
@@ -108,9 +109,6 @@ def main(arguments=None):
             print(*as_trained(lists, policies.load_tokenizer(start), profile.text), sep="\n")
         else:
             print("with --profile NAME also tokens, cuts and a list as it would be trained on")
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

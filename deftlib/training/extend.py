@@ -12,6 +12,7 @@ import re
 from collections import Counter
 
 from deftlib import credentials, store
+from deftlib.command import one_sentence
 from deftlib.models import endpoint, generation, policies, rewards
 from deftlib.models.said import first_turn
 from deftlib.preferences.lists import read_lists
@@ -170,14 +171,12 @@ def main(arguments=None):
     parser.add_argument("--model", metavar="NAME", help="a model there; without both, the SFT policy is sampled")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence():
         profile = Profile.from_options(args)
         if bool(args.endpoint) != bool(args.model):
             raise ValueError("an endpoint and a model go together (--endpoint URL --model NAME), found only one")
         server = Endpoint(args.endpoint, args.model) if args.endpoint else None
         print(longer_lists(profile, server, args.seed))
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, RLOOConfig, SFTConfig
 
 from deftlib import store
+from deftlib.command import one_sentence
 from deftlib.method.distribution import IGNORED
 from deftlib.models import policies, rewards
 from deftlib.models.loop import PeakMemory, Progress, arguments, fit_or_resume
@@ -160,6 +161,7 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
     base = method.removeprefix("deft-")
     training, recipe = profile.training, getattr(profile.training, RECIPES[base])
     tokenizer, model = policies.load_tokenizer(start), policies.load_policy(start, profile.policy.dtype)
+    policies.check_pair(start, model.config, tokenizer, profile.text.prompt_tokens + profile.text.reply_tokens)
     load_reference = lambda: policies.load_policy(start, profile.policy.dtype)
     kwargs = arguments(
         folder,
@@ -280,11 +282,9 @@ def main(arguments=None):
     parser.add_argument("--grading", choices=["reward", "distribution"])
     parser.add_argument("--omega", type=float, help="fixed weight instead of the profile's reading; 0: without R_dis")
     args = parser.parse_args(arguments)
-    try:
+    with one_sentence():
         profile = Profile.from_options(args)
         print(fit(profile, args.method, args.seed, args.grading, args.omega))
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

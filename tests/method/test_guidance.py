@@ -55,7 +55,7 @@ def make_trainer(tmp_path, tokenizer, q_diff):
         kwargs = arguments(tmp_path, **{**settings, **more})
         common = {"model": model, "processing_class": tokenizer, **(extra or {})}
         if guided:
-            common |= {"q_diff": q_diff, "omega": omega, "ratio_steps": ratio_steps}
+            common = {"q_diff": q_diff, "omega": omega, "ratio_steps": ratio_steps} | common
         if method == "sft":
             args = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **kwargs)
             rows = lists.map(train._as_sft, remove_columns=lists.column_names)
@@ -273,9 +273,18 @@ def test_batches_without_one_response_per_row_are_refused(option, make_trainer, 
         make_trainer("sft", make_model(attn_implementation="eager"), make_lists(), max_steps=1, **{option: True})
 
 
-def test_q_diff_of_another_vocabulary_is_refused(make_trainer, make_model, make_lists):
-    with pytest.raises(ValueError, match="q_diff has 40 entries, the head 41 rows"):
-        make_trainer("sft", make_model(vocab_size=41), make_lists())
+def test_q_diff_of_another_vocabulary_is_refused(make_trainer, make_model, make_lists, q_diff):
+    with pytest.raises(
+        ValueError, match="q_diff has 39 entries, the head 40 rows and the tokenizer 40 tokens: count it"
+    ):
+        make_trainer("sft", make_model(), make_lists(), extra={"q_diff": q_diff[:-1]})
+
+
+def test_a_padded_head_has_no_q_diff_for_rows_that_no_token_has(make_trainer, make_model, make_lists, q_diff):
+    trainer = make_trainer("sft", make_model(vocab_size=64), make_lists(), omega=1.0)
+    assert trainer.q_diff.tolist() == [*q_diff, *[0.0] * 24]
+    trainer.train()
+    assert all("R_dis" in entry for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_a_batch_of_an_unknown_family_is_refused_with_its_keys():

@@ -5,6 +5,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -125,6 +126,61 @@ def test_text_that_spells_a_special_token_stays_text_in_replies_prompts_and_temp
     mini.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
     ids = encode_prompt(mini, f"\n\nHuman: {reply.strip()}\n\nAssistant:", Text(template="chat"))
     assert ids.count(mini.eos_token_id) == 1 and ids[-1] == mini.eos_token_id
+
+
+# ---- models of one's own -------------------------------------------------------------------------------------------
+
+
+def own(folder, tokenizer, make_model, **changes):
+    """A folder with a model and a tokenizer, and the profile that starts from it."""
+    make_model(**changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    short = {"prompt_tokens": 8, "reply_tokens": 8}
+    return Profile.load("mini", {"policy": {"source": str(folder)}, "text": short})
+
+
+def test_a_folder_of_ones_own_is_the_policy(tmp_path, tokenizer, make_model):
+    profile = own(tmp_path / "mine", tokenizer, make_model)
+    assert policies.start_policy(profile) == str(tmp_path / "mine")
+
+
+def test_a_tokenizer_with_tokens_that_the_model_has_no_rows_for_is_one_sentence(tmp_path, tokenizer, make_model):
+    profile = own(tmp_path / "mine", tokenizer, make_model, vocab_size=30)
+    with pytest.raises(ModelError, match="mine: its tokenizer has token ids up to 39, the model 30 rows: they do not"):
+        policies.start_policy(profile)
+    padded = own(tmp_path / "padded", tokenizer, make_model, vocab_size=64)
+    assert policies.start_policy(padded).endswith("padded")  # rows that no token has do no harm
+
+
+def test_a_model_with_too_few_positions_is_one_sentence(tmp_path, tokenizer, make_model):
+    profile = own(tmp_path / "mine", tokenizer, make_model, max_position_embeddings=12)
+    with pytest.raises(ModelError, match=r"has 12 positions, and text.prompt_tokens \+ text.reply_tokens are 16: set"):
+        policies.start_policy(profile)
+
+
+def test_a_tokenizer_without_an_end_is_one_sentence(tmp_path):
+    word_tokenizer(["?", "a"], eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="its tokenizer has no end token: name one as eos_token"):
+        policies.load_tokenizer(tmp_path)
+
+
+def test_a_folder_of_lora_weights_is_merged_once(tmp_path, tokenizer, make_model, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    profile = own(tmp_path / "base", tokenizer, make_model)
+    base = policies.load_policy(tmp_path / "base")
+    base.config._name_or_path = str(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "lora")
+    merged = policies.start_policy(Profile.load("mini", {"policy.source": str(tmp_path / "lora")}))
+    assert (merged / "tokenizer_config.json").is_file() and not (merged / "adapter_config.json").is_file()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        ours, theirs = policies.load_policy(merged)(ids).logits, adapted(ids).logits
+        before = policies.load_policy(profile.policy.source)(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (ours - before).abs().max() > 1e-3
 
 
 # ---- identity ------------------------------------------------------------------------------------------------------
