@@ -7,6 +7,7 @@ synced and renamed. A killed run leaves no half result, and a full disk leaves t
 A key holds the settings and the digests of inputs that the caller names, and what `provenance.made_by` adds.
 """
 
+import codecs
 import errno
 import hashlib
 import json
@@ -166,25 +167,32 @@ class Kept:
             kept.add(question, {"answer": ask(question)})
         kept[question]["answer"]
 
-    A question is anything JSON can hold. A last line that a kill cut short is dropped; threads and processes may add.
+    A question is anything JSON can hold. Lines that a kill cut short or an editor damaged are left out, and told;
+    threads and processes may add.
     """
 
     def __init__(self, path):
         self.path, self._lock = Path(path), threading.Lock()
         self._others = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
-        whole, rest = self._lines()
-        if rest:
+        lines, last = self._lines()
+        if last:
             with explained(self.path), self._others:  # unless another process was just writing it
-                whole, rest = self._lines()
-                if rest:
-                    write_atomic(self.path, "".join(whole))
-        self._entries = {entry["key"]: entry for entry in map(json.loads, whole)}
+                lines, last = self._lines()
+                if last:  # whole, but for an end that an editor took, or cut short by a kill
+                    lines += [f"{last}\n"] if _kept_entry(last) else []
+                    write_atomic(self.path, "".join(lines))
+        entries = [_kept_entry(line) for line in lines if line.strip()]
+        damaged = entries.count(None)
+        if damaged:
+            print(f"  {self.path}: {damaged} damaged line{'s' * (damaged > 1)} left out", flush=True)
+        self._entries = {entry["key"]: entry for entry in entries if entry}
 
     def _lines(self):
-        """(whole lines, [a last one that was cut short])."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        return whole, lines[len(whole) :]
+        """(whole lines, a last one without an end or "")."""
+        content = self.path.read_bytes().removeprefix(codecs.BOM_UTF8) if self.path.is_file() else b""
+        text = content.decode("utf-8", "replace")
+        *lines, last = text.split("\n")
+        return [f"{line}\n" for line in lines], last
 
     def __len__(self):
         return len(self._entries)
@@ -205,6 +213,15 @@ class Kept:
             self._entries[entry["key"]] = entry
 
 
+def _kept_entry(line):
+    """The entry on a line of a `Kept`, None if it holds none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("key"), str) else None
+
+
 def content_key(question):
     """20 hex digits over anything JSON can hold: equal content, equal key."""
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
@@ -215,10 +232,14 @@ def read_manifest(folder):
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise StoreError(f"{folder} holds no published result ({MANIFEST} is missing)")
-    manifest = json.loads(path.read_text())
-    for name, entry in manifest["files"].items():
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: entry["size"] for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: delete {folder} and run again") from error
+    for name, size in files.items():
         file = Path(folder) / name
-        if not file.is_file() or file.stat().st_size != entry["size"]:
+        if not file.is_file() or file.stat().st_size != size:
             raise StoreError(f"{file} differs from its manifest: delete {folder} and run again")
     return manifest
 

@@ -296,6 +296,27 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_asked_again(tmp_path):
     assert store.Kept(path)["two"]["text"] == "TWO" and len(path.read_text().splitlines()) == 2
 
 
+def test_what_an_editor_or_a_crash_left_in_the_file_costs_no_other_answer(tmp_path, capsys):
+    path = tmp_path / "judge.jsonl"
+    kept = store.Kept(path)
+    for question in ("one", "two", "three"):
+        kept.add(question, {"text": question.upper()})
+    one, two, three = path.read_bytes().splitlines()
+    path.write_bytes(b"\xef\xbb\xbf" + one + b"\r\n\n" + b"\0" * 9 + b"\n" + two[:9] + b"\n[1]\n" + three)  # no end
+    again = store.Kept(path)
+    assert "one" in again and "two" not in again and again["three"]["text"] == "THREE"
+    assert "3 damaged lines left out" in capsys.readouterr().out
+    again.add("two", {"text": "TWO"})
+    assert len(store.Kept(path)) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 1}', '{"files": {"a": {}}}', "null"])
+def test_a_torn_manifest_is_one_sentence(tmp_path, content):
+    (tmp_path / store.MANIFEST).write_text(content)
+    with pytest.raises(store.StoreError, match=r"is damaged: delete .* and run again"):
+        store.read_manifest(tmp_path)
+
+
 def test_several_threads_may_keep_answers_at_once(tmp_path):
     kept = store.Kept(tmp_path / "judge.jsonl")
     with ThreadPoolExecutor(8) as pool:

@@ -107,7 +107,9 @@ def read_ratings(path, key):
     try:
         text = _decoded(path.read_bytes())
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        frame = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        frame = pd.read_csv(
+            io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False
+        )
     except (ValueError, OSError) as error:  # pandas' kinds too: an empty file, uneven rows
         raise RatingError(f"{path} is not a CSV file: {error}") from error
     frame.columns = frame.columns.str.strip().str.lower()

@@ -157,7 +157,9 @@ def text_of(completion):
         choice = completion.choices[0]
         message = getattr(choice, "message", None)
         raw = _joined(message.content) if message is not None else choice.text
-    except (AttributeError, IndexError, TypeError) as error:
+        if not isinstance(raw, str):
+            raise TypeError(raw)
+    except (AttributeError, LookupError, TypeError) as error:
         shown = str(completion)[:80]
         raise ValueError(f"the answer is not a chat completion, does the URL end in /v1? {shown!r}") from error
     if raw.encode(errors="ignore").decode() != raw:  # half a surrogate pair: nothing can store it

@@ -23,7 +23,7 @@ _BLOCK = re.compile("|".join(rf"(?:{pattern})" for pattern in _REASONING), re.DO
 _CLOSE = rf"(?:</{_TAG}>|\[/THINK\]|◁/think▷)"
 _CLOSED = re.compile(rf"\A.*?(?:(?<![`\s]){_CLOSE}(?!`)|(?<!`){_CLOSE}(?!`| \S))", re.DOTALL)  # opened by the prompt
 _OPENED = re.compile(rf"(?:\A|\n)\s*(?:<{_TAG}>|\[THINK\]|◁think▷).*\Z", re.DOTALL)  # and never closed
-_END = re.compile(r"<\|(?:im_end|eot_id|eom_id|end|return|endoftext)\|>|<end_of_turn>|</s>\s*\Z")
+_END = re.compile(r"<\|(?:im_end|eot_id|eom_id|end|return|endoftext)\|>|<end_of_turn>|(?:</s>\s*)+\Z")
 _HEADER = re.compile(
     r"\A\s*(?:<\|im_start\|>\s*assistant\s*\n|<\|start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>"
     r"|<start_of_turn>model\n|<\|channel\|>final<\|message\|>|<\|assistant\|>)+"
@@ -37,6 +37,12 @@ def reply_in(text):
 
     Reasoning that was cut leaves nothing: "". A tag in the middle of a sentence, or quoted as code, is text.
     """
+    said = _peeled(text)
+    return said if said == text else reply_in(said)
+
+
+def _peeled(text):
+    """The text without one layer of what is not meant to be read."""
     said = _BLOCK.sub("", text)
     if _CLOSED.match(said) and not re.match(rf"\s*<{_TAG}>", said):
         said = _CLOSED.sub("", said, count=1)

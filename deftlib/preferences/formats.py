@@ -59,7 +59,8 @@ def detected(label, rows):
         fault = fault or (row if isinstance(row, RowFault) else None)
     if not n_rows:
         raise PreferenceError(f"{label}: holds no row; expected JSON lines, one ranked list each")
-    found = f"the first object has {', '.join(keys)[:80]}" if keys else f"the first is {fault.reason}, {fault.found}"
+    shown = f"{fault.reason}, {fault.found}" if fault else "an object without keys"
+    found = f"the first object has {', '.join(keys)[:80]}" if keys else f"the first is {shown}"
     known = "; ".join(f"{name} ({format})" for name, format in FORMATS.items())
     if {"messages", "prompt"} & set(keys) and {"completion", "label", "messages"} & set(keys):
         known = f"two or more ranked replies to a prompt, as {known}"  # what SFT and KTO have
@@ -116,7 +117,9 @@ def _lists(row, cleaning, notes):
 
 def _two(row, cleaning, notes):
     """Two responses in columns of their own, and a column that says which is better, or a score of each."""
-    columns = next(names for names in TWO if names[0] in row)
+    columns = next((names for names in TWO if names[0] in row and names[1] in row), None)
+    if columns is None:
+        raise RowFault("missing key", f"no two responses in {shape(row)}")
     (said, places), responses = TWO[columns], [_one_of(row, (name,)) for name in columns]
     if places is None:
         yield from _listed(row, responses, _more(row) | {"rewards": [_number(row.get(name)) for name in said]})
