@@ -3,6 +3,7 @@
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
+# make fuzz              feed every reader with nonsense, 100,000 times each: an hour (make test: 250 times)
 # make statistics         simulate how often the intervals hold the truth: figures/statistics/
 # make clean              remove results (kept answers of judges and ratings of people too), keep .venv and downloads
 
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
 NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
 
-.PHONY: paper test report lab notebooks data statistics clean help
+.PHONY: paper test fuzz report lab notebooks data statistics clean help
 .DELETE_ON_ERROR:
 
 # Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
@@ -54,6 +55,9 @@ test: $(READY)
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env $(wildcard notebooks/*.ipynb)
 
+fuzz: $(READY)
+	DEFT_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py
+
 report: paper
 	@$(BIN)/deft site --profile $(PROFILE)
 
@@ -75,7 +79,7 @@ clean:
 	rm -rf build figures/mini figures/mini,*
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1
