@@ -13,14 +13,18 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 VARIABLE = "DEFT_URLS"  # {URL as it is shown: as it was given}
 SHOWN = ("api-version",)  # parameters that are no secret: Azure's
-_URL = re.compile(r"\b[a-zA-Z][\w+.-]*://[^\s\"'<>`]*[^\s\"'<>`.,;:!?)\]]")
+_URL = re.compile(r"\b[a-zA-Z][\w+.-]{0,20}://[^\s\"'<>`]*[^\s\"'<>`.,;:!?)\]]")
 
 
 def without(url):
     """The URL as results may show it: no user, no password, no parameter but `SHOWN`, no fragment."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+    except ValueError:  # no address that anything could be sent to
+        return "(URL)"
     query = urlencode([(name, value) for name, value in parse_qsl(parts.query) if name in SHOWN])
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment="").geturl()
+    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment="").geturl()
+    return shown if "://" in url else shown.removeprefix("//")
 
 
 def redacted(text):
@@ -28,13 +32,17 @@ def redacted(text):
     return _URL.sub(lambda found: without(found[0]), text)
 
 
-def hidden(tree):
-    """Nested settings with every URL as results may show it; `given` knows the whole one from now on."""
+def hidden(tree, key=""):
+    """Nested settings with every URL as results may show it; `given` knows the whole one from now on.
+
+    key: the name of a setting that is no section; what a `url` holds is one, however it is spelled.
+    """
     if isinstance(tree, dict):
-        return {key: hidden(value) for key, value in tree.items()}
+        return {name: hidden(value, name) for name, value in tree.items()}
     if isinstance(tree, list):
-        return [hidden(value) for value in tree]
-    if not (isinstance(tree, str) and _URL.fullmatch(tree.strip())):
+        return [hidden(value, key) for value in tree]
+    is_url = isinstance(tree, str) and (key.rpartition(".")[2] == "url" or _URL.fullmatch(tree.strip()))
+    if not is_url or not tree.strip():
         return tree
     shown = without(tree.strip())
     if shown != tree:

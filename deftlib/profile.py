@@ -298,7 +298,7 @@ class Profile(Settings):
         if plain.name != name:
             raise ProfileError(f"{name}.yaml calls itself {plain.name!r}, expected {name!r}")
         for key, value in (overrides or {}).items():
-            typed.override(tree, key, hidden(value))
+            typed.override(tree, key, hidden(value, key))
         chosen = typed.build(Settings, tree)
         were = plain.settings()
         changes = {key: value for key, value in chosen.settings().items() if key not in were or were[key] != value}

@@ -26,7 +26,7 @@ SMALL = {  # of any architecture; weights large enough for logits and R_dis of o
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,  # as many as a prompt and a reply of the mini profile take
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "eos_token_id": EOS,

@@ -130,7 +130,7 @@ def parse_rating(judgment):
 
     Raises ValueError with the reason where there is none: FastChat's -1, and what it would have averaged in.
     """
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
+    found = re.search(r"\[\[(\d+(?:\.\d*)?)\]\]", judgment) or re.search(r"\[(\d+(?:\.\d*)?)\]", judgment)
     if not found:
         raise ValueError("no rating in the judgment" if judgment.strip() else "empty judgment")
     rating = float(found[1])

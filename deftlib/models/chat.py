@@ -30,8 +30,8 @@ _REFUSED = re.compile(
 )
 _TOO_LONG = re.compile(r"context length|context window|too (?:large|long)|exceed|at most", re.IGNORECASE)
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION = r"(\d+(?:\.\d+)?)\s*(h|ms|m|s)(?:ours?|rs?|in(?:ute)?s?|ec(?:ond)?s?)?(?![a-z])"
-_WAIT = re.compile(rf"(?:try again|retry|retrydelay|reset)\D{{0,24}}((?:{_DURATION}\s*)+)", re.IGNORECASE)
+_DURATION = r"(\d*\.?\d+)\s*(h|ms|m|s)(?:ours?|rs?|in(?:ute)?s?|ec(?:ond)?s?)?(?![a-z])"
+_WAIT = re.compile(rf"(?:try again|retry|retrydelay|reset)\D{{0,24}}?((?:{_DURATION}[\s,]*(?:and )?)+)", re.IGNORECASE)
 
 
 class NoText(ValueError):
@@ -111,10 +111,12 @@ def address(url):
         local = ":" in host or host == "localhost" or re.fullmatch(r"[\d.]+", host)
         url = f"{'http' if local else 'https'}://{url}"
     parts = urlsplit(url)
-    path = re.sub(r"/(?:chat/completions|completions|responses|models|embeddings)/?$", "", parts.path.rstrip("/"))
+    path = parts.path.rstrip("/")
+    spelled = re.sub(r"/(?:chat/completions|completions|responses|models|embeddings)$", "", path)
+    is_whole, path = spelled != path, spelled  # the address of a request says itself whether there is a version
     if parts.port == 11434 and path.startswith("/api"):  # Ollama's own interface
         path = ""
-    if not path:
+    if not path and not is_whole:
         path = "/openai/v1" if (parts.hostname or "").endswith(".azure.com") else "/v1"
     return parts._replace(path=path, query="", fragment="").geturl(), dict(parse_qsl(parts.query))
 
@@ -132,7 +134,7 @@ def option_refused(error, sent):
 def wait_told(error):
     """Seconds that a rate limit says to wait, in its headers or its words; None where it does not, or is a quota."""
     words = f"{error} {getattr(error, 'body', None) or ''}"
-    if "insufficient_quota" in words or "billing" in words:
+    if "insufficient_quota" in words:
         return None
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
@@ -165,6 +167,8 @@ def text_of(completion):
     if raw.encode(errors="ignore").decode() != raw:  # half a surrogate pair: nothing can store it
         raise NoText("invalid Unicode")
     said = reply_in(raw)
+    if choice.finish_reason in ("error", "content_filter"):
+        raise NoText(f"stopped by the server ({choice.finish_reason})")
     if said.strip():
         return said, raw
     reasoned = bool(raw.strip() or any(getattr(message, name, None) for name in REASONING))
@@ -172,8 +176,6 @@ def text_of(completion):
         raise NoText(f"cut at max_tokens{' while it reasoned' * reasoned}, before it said anything: raise max_tokens")
     if getattr(message, "refusal", None):
         raise NoText(f"refused: {message.refusal}")
-    if choice.finish_reason == "content_filter":
-        raise NoText("stopped by the server's content filter")
     raise NoText("reasoning without an answer" if reasoned else EMPTY)
 
 

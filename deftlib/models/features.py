@@ -10,7 +10,6 @@ A source of features is "policy", the start policy as it reads in training (`tex
 reply's text occurs; or a sentence encoder: a name in `policies.WHEELS`, a path or a hub id.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,10 +21,9 @@ from deftlib import store
 from deftlib.method import heads
 from deftlib.method.distribution import IGNORED, mean_response_hidden, reward_direction
 from deftlib.models import policies
-from deftlib.models.loop import length_buckets, with_progress
+from deftlib.models.loop import in_blocks, length_buckets, with_progress
 from deftlib.preferences.lists import read_lists
 
-BLOCK = 1024  # replies between two files that an interrupted run goes on from
 WORDS = 2048  # columns of "words": token ids beyond share them
 
 
@@ -49,7 +47,9 @@ def of_lists(profile, source, path):
     def produce(folder):
         lists = read_lists(path)
         pairs = [(row["prompt"], reply) for row in lists for reply in row["responses"]]
-        np.save(folder / "states.npy", _in_blocks(reader(profile, source), pairs, folder, path.stem))
+        read = reader(profile, source)
+        of_block = lambda block, label: states(read, *zip(*block), label)
+        np.save(folder / "states.npy", in_blocks(of_block, pairs, folder, f"features of {path.stem}"))
         np.save(folder / "lengths.npy", [len(responses) for responses in lists["responses"]])
 
     name = f"features/{policies.short_name(source)}-{path.stem}"
@@ -143,22 +143,6 @@ def _as_encoder(tokenizer, prompt, reply, limit):
     said = words(reply)[: limit - len(first)]
     room = limit - len(first) - len(said)
     return [*first, *(words(prompt)[-room:] if room else [])], said
-
-
-def _in_blocks(reader, pairs, folder, label):
-    """`states` of all pairs; each block is on disk before the next one starts."""
-    starts = range(0, len(pairs), BLOCK)
-    files = [folder / f"block-{start:09d}.npy" for start in starts]
-    for start, file in zip(starts, files):
-        if not file.is_file():
-            of_block = f"features of {label}, {start} of {len(pairs)} done"
-            partial = file.with_suffix(".tmp.npy")
-            np.save(partial, states(reader, *zip(*pairs[start : start + BLOCK]), of_block))
-            os.replace(partial, file)
-    found = np.concatenate([np.load(file) for file in files])
-    for file in files:
-        file.unlink()
-    return found
 
 
 def _head(profile):

@@ -9,12 +9,14 @@ A run that was killed goes on from its newest complete checkpoint, to the same w
 import ctypes
 import json
 import math
+import os
 import shutil
 import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import disable_progress_bars
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -26,6 +28,7 @@ disable_progress_bars()  # headless runs print plain lines
 
 COMPLETE = "COMPLETE"  # written last: a checkpoint without it is not resumed from
 SECONDS_BETWEEN_LINES = 5.0
+BLOCK = 1024  # items between two files that an interrupted pass goes on from
 
 
 def arguments(folder, *, epochs, learning_rate, batch_size, seed, save_steps=0, **more):
@@ -166,6 +169,24 @@ def with_progress(batches, label, total):
         if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.perf_counter()
             print(f"  {label}: {done}/{total}", flush=True)
+
+
+def in_blocks(compute, items, folder, label):
+    """`compute(block, label)` of every block of items, one array for all: each is on disk before the next one starts.
+
+    A run that was killed goes on after its last block; the files are removed when all are there.
+    """
+    starts = range(0, len(items), BLOCK)
+    files = [Path(folder) / f"block-{start:09d}.npy" for start in starts]
+    for start, file in zip(starts, files):
+        if not file.is_file():
+            partial = file.with_suffix(".tmp.npy")
+            np.save(partial, compute(items[start : start + BLOCK], f"{label}, {start} of {len(items)} done"))
+            os.replace(partial, file)
+    found = np.concatenate([np.load(file) for file in files])
+    for file in files:
+        file.unlink()
+    return found
 
 
 def length_buckets(lengths, token_budget):

@@ -52,11 +52,9 @@ def load_policy(path, dtype="float32"):
 
 
 def load_tokenizer(path):
-    """The tokenizer there, right-padded; one without a padding token pads with EOS. Raises ModelError without EOS."""
+    """The tokenizer there, right-padded; one without a padding token pads with EOS."""
     tokenizer = AutoTokenizer.from_pretrained(**origin(path))
     tokenizer.padding_side = "right"
-    if tokenizer.eos_token is None:
-        raise ModelError(f"{path}: its tokenizer has no end token: name one as eos_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -222,6 +220,8 @@ def _check_folder(source, length):
 
 def check_pair(source, config, tokenizer, length):
     """Refuse a model and a tokenizer that do not belong together, and one that cannot read `length` tokens."""
+    if tokenizer.eos_token is None:
+        raise ModelError(f"{source}: its tokenizer has no end token: name one as eos_token in tokenizer_config.json")
     config = config.get_text_config()
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:

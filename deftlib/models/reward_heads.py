@@ -158,6 +158,7 @@ def fit_whole(profile, spec, path, folder, label):
         learning_rate=spec.learning_rate,
         batch_size=spec.batch_size,
         seed=0,
+        save_steps=profile.training.save_steps,
         logging_steps=5,
     )
     trainer = Trainer(

@@ -24,7 +24,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedMode
 from deftlib import store
 from deftlib.intervals import wilson_interval
 from deftlib.models import features, policies, reward_heads
-from deftlib.models.loop import length_buckets, with_progress
+from deftlib.models.loop import in_blocks, length_buckets, with_progress
 from deftlib.models.policies import encode_text
 from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences.dialogues import messages
@@ -122,7 +122,10 @@ class Judge:
         return reward_heads.load(self.path).rewards(states, list(map(axis_of, subsets)))
 
     def of_lists(self, path):
-        """[float64[l], ...]: the rewards of every list in a Parquet file; a frozen backbone's features are kept."""
+        """[float64[l], ...]: the rewards of every list in a Parquet file.
+
+        A frozen backbone's features are kept; other scores are published, and an interrupted run goes on by blocks.
+        """
         lists = read_lists(path)
         lengths = [len(responses) for responses in lists["responses"]]
         axes = np.repeat(list(map(axis_of, lists["subset"])), lengths)
@@ -130,10 +133,19 @@ class Judge:
             states, _ = features.of_lists(self.profile, self.spec.source, path)
             flat = reward_heads.load(self.path).rewards(states, axes)
         else:
-            prompts = np.repeat(np.array(lists["prompt"][:], dtype=object), lengths).tolist()
-            replies = [reply for responses in lists["responses"] for reply in responses]
-            flat = self.score(prompts, replies, np.repeat(lists["subset"][:], lengths).tolist())
+            flat = np.load(self._scored(path, lists) / "rewards.npy")
         return np.split(flat, np.cumsum(lengths)[:-1])
+
+    def _scored(self, path, lists):
+        """Folder with `rewards.npy`: the rewards of all replies, one list after another."""
+        rows = [(row["prompt"], reply, row["subset"]) for row in lists for reply in row["responses"]]
+
+        def produce(folder):
+            of_block = lambda block, label: self.score(*map(list, zip(*block)), label)
+            np.save(folder / "rewards.npy", in_blocks(of_block, rows, folder, f"{NAMES[self.which]} of {path.stem}"))
+
+        key = {**self.identity(), "lists": store.digest(path)}
+        return store.stage(self.profile, f"rewards/{self.which}-of-{path.stem}", key, produce, "models.rewards")
 
     def accuracy(self):
         """{axis: Interval}: how often y_1 scores above y_l in the held-out lists of each axis. Published."""

@@ -8,25 +8,28 @@ import re
 
 # A sentence ends with a mark, and perhaps with what closes a quote or a bracket after it.
 _ROLE = r"(?:\*\*|#+ ?)?(?:human|assistant)\s?:"
-NEXT_TURN = re.compile(rf"(?:^|(?<=[.!?…])|(?<=[.!?…][\"'”’)\]*]))\s*(?={_ROLE})", re.IGNORECASE | re.MULTILINE)
+NEXT_TURN = re.compile(rf"(?:^|(?<=[.!?…])|(?<=[.!?…][\"'”’)\]*]))[ \t]*(?={_ROLE})", re.IGNORECASE | re.MULTILINE)
 
 _TAG = r"(?:think|thinking|thought|reasoning|seed:think|mm:think)"
-_REASONING = [  # a whole block: tags not quoted as code, so that reasoning may speak of its own closing tag
-    rf"(?<!`)<{_TAG}>.*?(?<!`)</{_TAG}>(?!`)",
-    r"\[THINK\].*?\[/THINK\]",  # Magistral
-    r"◁think▷.*?◁/think▷",  # Kimi
-    r"<\|channel\|>(?:analysis|commentary)<\|message\|>.*?(?=<\|start\|>|<\|channel\|>final|\Z)",  # gpt-oss
-    r"\Aanalysis(?=\S).*?assistantfinal",  # the same, without its special tokens
-    r"\A(?:Here is|Here's) my thought process:.*?(?:Here is|Here's) my response:",  # Granite
+_QUOTE = "[`'\"]"  # a tag inside is spoken of
+_BLOCKS = [  # (what opens reasoning, what closes it)
+    (rf"<{_TAG}>", rf"(?<!{_QUOTE})</{_TAG}>(?!{_QUOTE})"),
+    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
+    (r"◁think▷", r"◁/think▷"),  # Kimi
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Cohere
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+    (r"(?:Here is|Here's) my thought process:", r"(?:Here is|Here's) my response:"),  # Granite
+    (r"analysis(?=[A-Z])", r"assistantfinal"),  # gpt-oss without its special tokens
 ]
-_BLOCK = re.compile("|".join(rf"(?:{pattern})" for pattern in _REASONING), re.DOTALL)
-_CLOSE = rf"(?:</{_TAG}>|\[/THINK\]|◁/think▷)"
-_CLOSED = re.compile(rf"\A.*?(?:(?<![`\s]){_CLOSE}(?!`)|(?<!`){_CLOSE}(?!`| \S))", re.DOTALL)  # opened by the prompt
-_OPENED = re.compile(rf"(?:\A|\n)\s*(?:<{_TAG}>|\[THINK\]|◁think▷).*\Z", re.DOTALL)  # and never closed
-_END = re.compile(r"<\|(?:im_end|eot_id|eom_id|end|return|endoftext)\|>|<end_of_turn>|(?:</s>\s*)+\Z")
+_CLOSE = re.compile("|".join(closer for _, closer in _BLOCKS[:5]), re.IGNORECASE)
+_PAIRS = [(re.compile(opener, re.IGNORECASE), re.compile(closer, re.IGNORECASE)) for opener, closer in _BLOCKS]
+_LINE_OPENER = re.compile(rf"\n[ \t]*(?=<{_TAG}>|\[THINK\]|◁think▷)", re.IGNORECASE)
+_FINAL = re.compile(r"<\|channel\|>\s*final[^<]*<\|message\|>")  # gpt-oss
+_START = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|start\|>|<\|user\|>|<\|prompter\|>|<s>"
+_END = re.compile(rf"(?:<\|(?:im_end|eot_id|eom_id|end|return|endoftext)\|>|<end_of_turn>|</s>)\s*(?:\Z|{_START})")
 _HEADER = re.compile(
     r"\A\s*(?:<\|im_start\|>\s*assistant\s*\n|<\|start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>"
-    r"|<start_of_turn>model\n|<\|channel\|>final<\|message\|>|<\|assistant\|>)+"
+    r"|<start_of_turn>model\n|<\|assistant\|>)"
 )
 _BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")
 _ANSWER = re.compile(r"\A\s*<answer>(.*)</answer>\s*\Z", re.DOTALL)
@@ -35,22 +38,52 @@ _ANSWER = re.compile(r"\A\s*<answer>(.*)</answer>\s*\Z", re.DOTALL)
 def reply_in(text):
     """What was meant to be read: no reasoning, in any of the ways to mark it, no role header, nothing after the end.
 
-    Reasoning that was cut leaves nothing: "". A tag in the middle of a sentence, or quoted as code, is text.
+    Reasoning stands first, or at a line's start where no code is shown; what was cut in it leaves nothing: "". A tag
+    inside a sentence, in quotes or in code is text.
     """
     said = _peeled(text)
-    return said if said == text else reply_in(said)
+    while said != text:
+        text, said = said, _peeled(said)
+    return said
 
 
 def _peeled(text):
     """The text without one layer of what is not meant to be read."""
-    said = _BLOCK.sub("", text)
-    if _CLOSED.match(said) and not re.match(rf"\s*<{_TAG}>", said):
-        said = _CLOSED.sub("", said, count=1)
-    said = _BOX.sub("", _HEADER.sub("", _OPENED.sub("", said)))
-    said = _END.split(said, maxsplit=1)[0]
+    final = list(_FINAL.finditer(text))
+    if final:
+        said = text[final[-1].end() :]
+    elif text.lstrip().startswith("<|channel|>"):
+        return ""
+    else:
+        said = _without_block(text)
+    said = _BOX.sub("", _HEADER.sub("", said))
+    end = _END.search(said)
+    said = said[: end.start()] if end else said
     inside = _ANSWER.match(said)
     said = inside[1] if inside else said
     return said if said == text else said.strip()
+
+
+def _without_block(text):
+    """The text without its first block of reasoning; nothing where that was never closed."""
+    body = text.lstrip()
+    for opener, closer in _PAIRS:
+        if opener.match(body):
+            closed = closer.search(body)
+            return body[closed.end() :] if closed else ""
+    later = next((found for found in _LINE_OPENER.finditer(text) if not _in_code(text, found)), None)
+    closed = next((found for found in _CLOSE.finditer(text) if not _in_code(text, found)), None)
+    if later and closed and later.end() < closed.start():
+        return text[: later.start()] + "\n" + text[closed.end() :]
+    if later and not closed:
+        return text[: later.start()]
+    if closed and not later and not re.match(r" \S", text[closed.end() : closed.end() + 2]):
+        return text[closed.end() :]  # opened by the prompt
+    return text
+
+
+def _in_code(text, found):
+    return text.count("```", 0, found.start()) % 2 == 1
 
 
 def first_turn(said):

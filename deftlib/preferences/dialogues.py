@@ -16,7 +16,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}  # as chat templates name th
 
 _OPENER = re.compile(r"\n\n(Human|Assistant):")
 _CARRIAGE = re.compile(r"\r\n?[ \t]*(?:Human|Assistant|User|USER|ASSISTANT):")
-_LINE, _ANYWHERE = r"(?:\A|(?<=\n))[ \t]*", r"\s*"
+_LINE, _ANYWHERE = r"(?:\A|(?<=\n))[ \t]*", r"(?<!\s)\s*"
 _DIALECTS = [  # what others write: where turns open, before a human's, before an assistant's, after any
     (_LINE, r"Human:", r"Assistant:", ""),  # single line breaks
     (_LINE, r"User:", r"Assistant:", ""),
@@ -24,7 +24,7 @@ _DIALECTS = [  # what others write: where turns open, before a human's, before a
     (_ANYWHERE, r"###\s*Human:", r"###\s*Assistant:", ""),  # Guanaco
     (_ANYWHERE, r"<\|im_start\|>user\n?", r"<\|im_start\|>assistant\n?", r"<\|im_end\|>"),  # ChatML: Qwen, SmolLM
     (_ANYWHERE, r"<\|(?:prompter|user)\|>", r"<\|assistant\|>", r"<\|endoftext\|>|<\|end\|>|</s>"),  # OASST, Zephyr
-    (_ANYWHERE, r"(?:<s>)?\s*\[INST\]", r"\[/INST\]", r"</s>"),  # Llama 2, Mistral
+    (_ANYWHERE, r"(?:<s> ?)?\[INST\]", r"\[/INST\]", r"</s>"),  # Llama 2, Mistral
 ]
 _SYSTEM = re.compile(
     r"\A(?:<\|im_start\|>system\n|<\|system\|>)(.*?)(?:<\|im_end\|>|<\|endoftext\|>|<\|end\|>|</s>)", re.DOTALL
@@ -121,7 +121,7 @@ def _parsed(body, where, human, assistant, closer):
         return []
     ends = [match.start() for match in found[1:]] + [len(body)]
     parts = [body[match.end() : end].strip() for match, end in zip(found, ends)]
-    said = [re.sub(rf"\s*(?:{closer})\Z", "", part) for part in parts] if closer else parts
+    said = [re.sub(rf"(?<!\s)\s*(?:{closer})\Z", "", part) for part in parts] if closer else parts
     if system:
         said[0] = f"{system[1].strip()}\n\n{said[0]}".strip()
     roles = ["Human" if match["human"] else "Assistant" for match in found]

@@ -9,9 +9,12 @@ in the table `FORMATS`. A new one is one function and one line there.
 
 import ast
 import json
+import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+from deftlib.preferences.cleaning import pro_cleaned
 from deftlib.preferences.dialogues import ASSISTANT, HUMAN, canonical, from_messages, text
 from deftlib.preferences.readers import PreferenceError, RowFault, shape
 
@@ -24,7 +27,9 @@ SCORED = (  # of chosen and rejected: UltraFeedback, Argilla, Skywork and others
     *((f"chosen{what}", f"rejected{what}") for what in ("_score", "_rating", "-rating", "_reward", "-score")),
 )
 SAID = ("response", "answer", "text", "content", "completion", "output", "generated_text")  # inside one of RESPONSES
-RATED = ("reward", "overall_score", "score", "rating", "preference_score")
+RATED = ("reward", "overall_score", "score", "rating", "preference_score", "pm_score")
+PARALLEL = ("rewards", "scores", "ratings", "rating", "score")  # lists of numbers beside the responses
+RANKS = ("ranks", "rank", "ranking")
 TWO = {  # columns of two responses: (name, the column that says which is better, {its value: the better one's place})
     ("response_0", "response_1"): ("better_response_id", {0: 0, 1: 1}),  # PKU-SafeRLHF
     ("output_1", "output_2"): ("preference", {1: 0, 2: 1}),  # AlpacaFarm
@@ -60,7 +65,7 @@ def detected(label, rows):
     if not n_rows:
         raise PreferenceError(f"{label}: holds no row; expected JSON lines, one ranked list each")
     shown = f"{fault.reason}, {fault.found}" if fault else "an object without keys"
-    found = f"the first object has {', '.join(keys)[:80]}" if keys else f"the first is {shown}"
+    found = f"the first object has {' '.join(', '.join(keys).split())[:80]}" if keys else f"the first is {shown}"
     known = "; ".join(f"{name} ({format})" for name, format in FORMATS.items())
     if {"messages", "prompt"} & set(keys) and {"completion", "label", "messages"} & set(keys):
         known = f"two or more ranked replies to a prompt, as {known}"  # what SFT and KTO have
@@ -90,28 +95,34 @@ def _hh_rlhf(row, cleaning, notes):
     """{"chosen", "rejected"}: two whole dialogues, equal up to their last reply, as text or as lists of messages."""
     dialogues = [_dialogue(_one_of(row, names)) for names in (CHOSEN, REJECTED)]
     if cleaning == "pro":
-        dialogues = _pro_cleaned(*dialogues, notes)
+        dialogues = pro_cleaned(*dialogues, notes)
     (prompt, chosen), (other_prompt, rejected) = map(_parted, dialogues)
     if prompt != other_prompt:
         raise RowFault("differing prompts")
-    yield {"prompt": prompt, "responses": [chosen, rejected], **_more(row)}
+    yield {"prompt": prompt, "responses": [chosen, rejected], **_more(row, notes)}
 
 
 def _pairs(row, cleaning, notes):
     """{"prompt", "chosen", "rejected"}: replies alone or whole dialogues, as text or as messages; perhaps scores."""
-    yield from _listed(row, [_one_of(row, names) for names in (CHOSEN, REJECTED)], _more(row))
+    yield from _listed(row, [_one_of(row, names) for names in (CHOSEN, REJECTED)], _more(row, notes))
 
 
 def _lists(row, cleaning, notes):
     """{"prompt", "responses"}: text, messages, or objects with a score or a rank each; else best first or rewards."""
-    responses, more = _field(row, _name(row, RESPONSES), list), _more(row)
+    responses, more = _field(row, _name(row, RESPONSES), list), _more(row, notes)
+    beside = {name: _unpacked(row[name]) for name in (*PARALLEL, *RANKS) if row.get(name) is not None}
+    for name, values in beside.items():
+        if name != "rewards" and isinstance(values, list) and "rewards" not in more:
+            kind, read = ("ranks", _whole) if name in RANKS else ("rewards", _number)
+            more.setdefault(kind, [read(value) for value in values])
     if responses and all(isinstance(response, dict) and "role" not in response for response in responses):
-        names = [_name(responses[0], SAID), next((name for name in RATED if name in responses[0]), None)]
-        if names[1]:
-            more["rewards"] = [_number(response.get(names[1])) for response in responses]
-        elif "rank" in responses[0]:
-            more["ranks"] = [response.get("rank") for response in responses]
-        responses = [response.get(names[0]) for response in responses]
+        said = _name(responses[0], SAID)
+        rated = next((name for name in RATED for response in responses if name in response), None)
+        if rated and all(rated in response for response in responses):
+            more["rewards"] = [_number(response.get(rated)) for response in responses]
+        elif any("rank" in response for response in responses):
+            more["ranks"] = [_whole(response.get("rank")) for response in responses]
+        responses = [response.get(said) for response in responses]
     yield from _listed(row, responses, more)
 
 
@@ -122,13 +133,14 @@ def _two(row, cleaning, notes):
         raise RowFault("missing key", f"no two responses in {shape(row)}")
     (said, places), responses = TWO[columns], [_one_of(row, (name,)) for name in columns]
     if places is None:
-        yield from _listed(row, responses, _more(row) | {"rewards": [_number(row.get(name)) for name in said]})
+        yield from _listed(row, responses, _more(row, notes) | {"rewards": [_number(row.get(name)) for name in said]})
         return
-    place = places.get(_whole(row.get(said)))
+    verdict = _whole(row.get(said))
+    place = places.get(verdict.lower() if isinstance(verdict, str) else verdict) if _is_plain(verdict) else None
     if place is None:
         notes["pairs without a winner"] += 1  # a tie, or nobody said
         return
-    yield from _listed(row, responses if place == 0 else responses[::-1], _more(row))
+    yield from _listed(row, responses if place == 0 else responses[::-1], _more(row, notes))
 
 
 def _listed(row, responses, more):
@@ -207,8 +219,8 @@ def _ranked_replies(message, conversation, notes):
 FORMATS = {
     "oasst": Format((("message_tree_id",), ("prompt",)), _oasst),
     "d3": Format((("prefix",), ("suffix",)), _pro_d3),
-    "lists": Format((PROMPTS, RESPONSES), _lists),
     "pairs": Format((PROMPTS, CHOSEN, REJECTED), _pairs),
+    "lists": Format((PROMPTS, RESPONSES), _lists),
     "hh-rlhf": Format((CHOSEN, REJECTED), _hh_rlhf),
     "two": Format((tuple(one for one, _ in TWO), tuple(other for _, other in TWO)), _two),
 }
@@ -229,7 +241,10 @@ def _one_of(row, names):
     """Text, or the list or object of messages that a column holds; a cell that spells messages holds them."""
     name = _name(row, names)
     spelled = _unpacked(row[name])
-    are_messages = isinstance(spelled, list) and all(isinstance(part, dict) for part in spelled)
+    if isinstance(spelled, str) and re.match(r"\s*\[\s*\{\s*['\"](?:role|from|content)['\"]", spelled):
+        raise RowFault("messages that cannot be read", f"{name!r} str({len(spelled)})")
+    parts = spelled if isinstance(spelled, list) and spelled else [None]
+    are_messages = all(isinstance(part, dict) and {"role", "from"} & part.keys() for part in parts)
     value = spelled if are_messages else row[name]
     if isinstance(value, dict) and "full_text" in value:  # WebGPT's question
         value = value["full_text"]
@@ -265,22 +280,30 @@ def _texts(row, key):
     return texts
 
 
-def _more(row):
+def _more(row, notes):
     """What a row may say beside its texts: id, subset, and the rewards or scores of its replies."""
     more = {key: row[key] for key in ("id", "subset") if row.get(key) is not None}
     if row.get("rewards") is not None:
         more["rewards"] = _unpacked(row["rewards"])
     for names in SCORED:
-        if all(row.get(name) is not None for name in names):
-            more.setdefault("rewards", [_number(row[name]) for name in names])
+        if all(row.get(name) is not None for name in names) and "rewards" not in more:
+            scores = [_number(row[name]) for name in names]
+            ordered = all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]
+            if ordered:
+                notes["pairs whose scores contradict what was chosen"] += 1  # the choice stands, without scores
+            else:
+                more["rewards"] = scores
     return more
 
 
 def _number(value):
     """A score as a number, also where a cell of CSV spells it, with a decimal comma or not; else the value."""
     if isinstance(value, str):
+        text = value.strip()
+        if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):  # thousands
+            text = text.replace(",", "")
         try:
-            return float(value.strip().replace(",", "."))
+            return float(text.replace(",", "."))
         except ValueError:
             return value
     return value
@@ -289,7 +312,12 @@ def _number(value):
 def _whole(value):
     """A verdict: a word, or a whole number however it is spelled."""
     number = _number(value)
-    return int(number) if isinstance(number, (int, float)) and number == int(number) else value
+    is_whole = isinstance(number, (int, float)) and math.isfinite(number) and number == int(number)
+    return int(number) if is_whole else value
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, (str, int, float))
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
@@ -360,41 +388,3 @@ def _parted(dialogue):
     if not opener:
         raise RowFault('no "\\n\\nAssistant:" in dialogue')
     return head + opener if head.strip() else "", reply
-
-
-# --- The PRO authors' cleaning ---------------------------------------------------------------------------------------
-
-
-def pro_cleaning(dialogue):
-    """(turns, cut) of a dialogue by the rules of the PRO authors' preparation of HH-RLHF.
-
-    The text is split on blank lines; a paragraph that opens no turn ("Human:", "Assistant:") is dropped, so only the
-    first paragraph of a reply survives; neighbouring turns of one role are merged. Returns turns, [(role, text)], and
-    cut, the paragraphs dropped. Their other rules (the prompt of the chosen dialogue, pairs of unequal turn count
-    dropped) are applied by `read(…, cleaning="pro")`, whose own checks still hold afterwards.
-    """
-    turns, cut = [], []
-    for paragraph in dialogue.split("\n\n"):
-        role = next((role for role in ("Human", "Assistant") if paragraph.startswith(f"{role}:")), None)
-        text = paragraph[len(role) + 1 :].strip() if role else paragraph
-        if role and turns and turns[-1][0] == role:
-            turns[-1] = (role, f"{turns[-1][1]}\n{text}")
-        elif role:
-            turns.append((role, text))
-        elif text.strip():
-            cut.append(text)
-    return turns, cut
-
-
-def _pro_cleaned(chosen, rejected, notes):
-    """Both dialogues cleaned, on the chosen one's prompt as PRO does it; what was cut goes into `notes`."""
-    (turns, cut), (other_turns, other_cut) = pro_cleaning(chosen), pro_cleaning(rejected)
-    notes["pairs cut"] += bool(cut or other_cut)
-    notes["dialogues cut"] += bool(cut) + bool(other_cut)
-    notes["characters cut"] += sum(map(len, cut + other_cut))
-    if len(turns) != len(other_turns):
-        raise RowFault("unequal turn count")
-    if not turns or {turns[-1][0], other_turns[-1][0]} != {"Assistant"}:
-        raise RowFault('no "\\n\\nAssistant:" in dialogue')
-    prompt = "".join(f"\n\n{role}: {text}" for role, text in turns[:-1])
-    return [f"{prompt}{ASSISTANT} {reply}" for reply in (turns[-1][1], other_turns[-1][1])]

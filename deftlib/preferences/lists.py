@@ -17,8 +17,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deftlib.preferences.cleaning import pro_cleaning
 from deftlib.preferences.dialogues import ASSISTANT, HUMAN
-from deftlib.preferences.formats import FORMATS, as_prompt, candidates, detected, pro_cleaning
+from deftlib.preferences.formats import FORMATS, as_prompt, candidates, detected
 from deftlib.preferences.readers import PreferenceError, RowFault, shape
 from deftlib.preferences.sources import HH_RLHF, files
 

@@ -155,7 +155,7 @@ def _table(path, file, encoding):
         header = lines.readline()
         delimiter = max(",;\t|", key=header.count)
         names = next(csv.reader([header], delimiter=delimiter), [])
-        reader = csv.reader(lines, delimiter=delimiter)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)  # a quote that is never closed would eat all rows
         for cells in reader:
             number = reader.line_num + 1
             if not cells:

@@ -49,8 +49,9 @@ def _split_files(folder, split):
     for place in subsets or [folder]:
         data = [file for at in (place, place / "data") for file in sorted(at.glob("*")) if file.name.endswith(SUFFIXES)]
         there = [place / f"{split}{suffix}" for suffix in SUFFIXES if (place / f"{split}{suffix}").is_file()][:1]
-        there = there or [file for file in data if re.match(rf"{re.escape(split)}[-_.]\d", file.name)]
-        named = [file for file in data if re.match(rf"({'|'.join(SPLITS)})[-_.]", file.name)]
+        of_split = lambda name: re.compile(rf"(?:^|[-_.])(?:{name})(?=[-_.])")
+        there = there or [file for file in data if of_split(re.escape(split)).search(file.name)]
+        named = [file for file in data if of_split("|".join(SPLITS)).search(file.name)]
         there = there or (data if data and not named else [])
         if not there:
             found = ", ".join(sorted(p.name for p in place.iterdir())[:8]) or "nothing"

@@ -6,7 +6,7 @@ Data, models, servers and raters write it; so do overrides. In HTML the standard
 _LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "|": r"\textbar{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "–": "--", "ω": r"$\omega$"}
 _LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-_MARKDOWN = {"&": "&amp;", "<": "&lt;", "|": r"\|", "`": r"\`", "$": r"\$"}
+_MARKDOWN = {"\\": r"\\", "&": "&amp;", "<": "&lt;", "|": r"\|", "`": r"\`", "$": r"\$"}
 
 
 def markdown(text):

@@ -102,7 +102,7 @@ def test_the_card_says_who_how_and_what_came_of_it(profile, serve):
     server = serve(lambda body: "empty" if reference(body) == "answer 3" else "ok", reply=better)
     folder, _, _ = refined(with_refiner(profile, server))
     card = (folder / "README.md").read_text()
-    assert f"the model `gpt` at {server.url} (it calls itself `gpt{VERSION}`),\nasked at temperature 0" in card
+    assert f"the model gpt at {server.url} (it calls itself gpt{VERSION}),\nasked at temperature 0" in card
     assert "39 rows" in card and "1 failed" in card and "0 came back unchanged" in card
     assert "2.0 original,\n3.0 refined" in card
     assert refine.PROMPT.format(dialogue="<the dialogue>", reference="<y_1>") in card

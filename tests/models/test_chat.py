@@ -53,6 +53,7 @@ def path(tmp_path):
             "https://generativelanguage.googleapis.com/v1beta/openai",
         ),
         ("https://mine.openai.azure.com", "https://mine.openai.azure.com/openai/v1"),
+        ("https://api.perplexity.ai/chat/completions", "https://api.perplexity.ai"),
     ],
 )
 def test_an_address_is_understood_as_people_copy_it(given, base):
@@ -147,6 +148,9 @@ def limit(words, **headers):
         (limit("please retry after 25s, resets at Wed"), 25),
         (limit("Please retry after 3 seconds."), 3),
         (limit("try again in 750ms"), 0.75),
+        (limit("retry in .5s"), 0.5),
+        (limit("Try again in 1 minute and 5 seconds."), 65),
+        (limit("check your plan and billing details. Please retry in 26.3s."), 26.3),  # Gemini
         (limit("Please try again in 1h2m3s"), 3723),
         (limit("{'retryDelay': '55.8s'}"), 55.8),
         (limit("Too many requests"), None),
@@ -208,7 +212,7 @@ def test_a_reply_is_what_is_left_without_reasoning_whatever_shape_it_has():
         (completion(content=None, reasoning="hm"), "reasoning without an answer"),
         (completion(content="<think>hm</think>"), "reasoning without an answer"),
         (completion(refusal="I cannot"), "refused: I cannot"),
-        (completion("content_filter"), "stopped by the server's content filter"),
+        (completion("content_filter"), "stopped by the server (content_filter)"),
         (completion(content="half \ud83d"), "invalid Unicode"),
     ],
 )

@@ -158,10 +158,10 @@ def test_a_model_with_too_few_positions_is_one_sentence(tmp_path, tokenizer, mak
         policies.start_policy(profile)
 
 
-def test_a_tokenizer_without_an_end_is_one_sentence(tmp_path):
-    word_tokenizer(["?", "a"], eos_token=None).save_pretrained(tmp_path)
+def test_a_tokenizer_without_an_end_is_one_sentence(tmp_path, make_model):
+    endless = word_tokenizer(["?", "a"], eos_token=None)
     with pytest.raises(ModelError, match="its tokenizer has no end token: name one as eos_token"):
-        policies.load_tokenizer(tmp_path)
+        policies.start_policy(own(tmp_path / "mine", endless, make_model))
 
 
 def test_a_folder_of_lora_weights_is_merged_once(tmp_path, tokenizer, make_model, monkeypatch):

@@ -11,11 +11,13 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from deftlib.models.said import first_turn, reply_in
+from deftlib.preferences import dialogues
 
 HH = Path(os.environ.get("DEFT_DATA", "/nowhere")) / "hh-rlhf"
 
@@ -29,11 +31,17 @@ HH = Path(os.environ.get("DEFT_DATA", "/nowhere")) / "hh-rlhf"
         ("<think>\nnever closed [[5]]", ""),
         ("\n<think></think>\n\nHi", "Hi"),  # Qwen without thinking
         ("<think>the tag `</think>` ends it, [[5]]</think>[[9]]", "[[9]]"),
-        ("<think>a</think>One.<think>b</think>Two.", "One.Two."),
+        ("<think>a</think>One.\n<think>b</think>\nTwo.", "One.\n\nTwo."),
         ("<thinking>a</thinking>\nB", "B"),
         ("<reasoning>a</reasoning>B", "B"),
         ("<seed:think>a</seed:think>B", "B"),
         ("[THINK]a [[5]][/THINK]B", "B"),
+        ("<THINK>a</THINK>B", "B"),
+        ("<|START_THINKING|>a<|END_THINKING|>B", "B"),
+        ("<|begin_of_thought|>a<|end_of_thought|>B", "B"),
+        ("Sure.\n<think>[[5]]</think>\n[[9]]", "Sure.\n\n[[9]]"),
+        ("analysisWe need [[5]]", ""),
+        ("<|channel|>commentary to=f<|message|>[[5]]<|call|><|channel|>final<|message|>[[9]]", "[[9]]"),
         ("◁think▷a◁/think▷B", "B"),
         (
             "<|channel|>analysis<|message|>[[5]]<|end|><|start|>assistant<|channel|>final<|message|>[[9]]<|return|>",
@@ -61,12 +69,28 @@ def test_only_the_reply_is_left(text, reply):
         "Write `<think>` before and `</think>` after it.",
         "The tag <think> opens reasoning.",
         "A stray </think> in prose.",
+        "The closing tag is '</think>', always.",
+        "GPT-2 uses <|endoftext|> as its end, ChatML `<|im_end|>`.",
+        "```\n<think>a</think>\n```",
         "In HTML </s> once was strike.",
         "My analysis: fine. The assistant's final word.",
     ],
 )
 def test_what_only_speaks_of_markup_is_text(text):
     assert reply_in(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" + "\n" * 50_000 + "b", "x <think>" * 10_000, "</think>" * 5_000, "</s>" * 20_000 + "x", "\n\n. " * 20_000],
+    ids=["newlines", "opened", "closed", "ends", "sentences"],
+)
+def test_long_nonsense_takes_no_time(text):
+    start = time.monotonic()
+    reply_in(text)
+    first_turn(text)
+    dialogues.canonical(text)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,12 @@ def one(tmp_path, *rows, **options):
          "winner": "model_a"},
         {"question": {"full_text": "Hi"}, "answer_0": "bad", "answer_1": "good", "score_0": -0.5, "score_1": 0.5},
         {"prompt": "Hi", "answers": [{"answer": "bad", "rank": 2}, {"answer": "good", "rank": 1}]},
-        {"prompt": "Hi", "chosen": "bad", "rejected": "good", "chosen-rating": "1,5", "rejected-rating": "4,0"},
+        {"input": "Hi", "generations": ["bad", "good"], "rating": [2, 9], "chosen": "good", "rejected": "bad"},
+        {"query": "Hi", "responses": ["bad", "good"], "scores": [0.1, 0.9]},
+        {"prompt": "Hi", "generations": ["bad", "good"], "ratings": ["1,5", "4,0"]},
+        {"prompt": "Hi", "responses": ["bad", "good"], "ranks": [2, 1]},
+        {"question": "Hi", "answers": [{"text": "bad", "pm_score": 1}, {"text": "good", "pm_score": 4}]},
+        {"prompt": "Hi", "completions": [{"text": "bad"}, {"text": "good", "score": 1}], "scores": [0, 1]},
         {"question": "Hi", "response_j": "good", "response_k": "bad"},
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {"role": "assistant", "content": "good"},
          "rejected": "bad"},
@@ -173,6 +178,30 @@ def one(tmp_path, *rows, **options):
 def test_the_better_reply_comes_first(tmp_path, row):
     (found,) = one(tmp_path, row)
     assert (found["prompt"], found["responses"]) == ("\n\nHuman: Hi\n\nAssistant:", [" good", " bad"])
+
+
+def test_scores_that_contradict_what_was_chosen_are_told_and_left_out(tmp_path, capsys):
+    row = {"prompt": "Hi", "chosen": "good", "rejected": "bad", "chosen-rating": "1,200", "rejected-rating": "900"}
+    assert one(tmp_path, row)[0]["responses"] == [" good", " bad"]
+    contradicts = {"prompt": "Ho", "chosen": "good", "rejected": "bad", "chosen_reward": 0.1, "rejected_reward": 0.3}
+    (found,) = one(tmp_path, contradicts)
+    assert found["responses"] == [" good", " bad"] and found["rewards"] is None
+    assert "pairs whose scores contradict what was chosen: 1" in capsys.readouterr().out
+
+
+def test_an_unclosed_quote_and_messages_that_cannot_be_read_are_faults(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,chosen,rejected\np1,g1,"b1\np2,g2,b2\n')
+    with pytest.raises(PreferenceError, match=r"p\.csv line \d: is no CSV"):
+        read(tmp_path / "p.csv")
+    broken = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'good'}]"  # as numpy prints it
+    with pytest.raises(PreferenceError, match="1 messages that cannot be read"):
+        one(tmp_path, {"prompt": "Hi", "chosen": broken, "rejected": "bad"}, max_reject_share=0.0)
+
+
+def test_files_named_after_a_split_anywhere_are_of_that_split(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"prefs_{split}.jsonl").write_text(json_lines(ROWS[: 4 if split == "train" else 2]))
+    assert (len(read(tmp_path)), len(read(tmp_path, split="test"))) == (4, 2)
 
 
 def test_equal_scores_keep_the_file_order_and_ties_of_two_are_counted_and_left_out(tmp_path, capsys):

@@ -233,7 +233,7 @@ def test_an_endpoint_is_asked_once_a_list_with_the_dialogue_as_messages(profile,
     expected["messages"] = [{"role": role, "content": content} for role, content in messages]
     assert expected in server.bodies
     card = (folder / "README.md").read_text()
-    who = f"by the model `org/chat` at {server.url} (it calls itself `org/chat{VERSION}`)"
+    who = f"by the model org/chat at {server.url} (it calls itself org/chat{VERSION})"
     assert f"{who}, sampled at temperature 1 with seed 3" in card
 
 

@@ -30,7 +30,7 @@ SIZES = {
     "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "initializer_range": 0.4,
     "pad_token_id": 0,
     "eos_token_id": 1,
