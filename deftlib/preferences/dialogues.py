@@ -25,9 +25,18 @@ _DIALECTS = [  # what others write: where turns open, before a human's, before a
     (_ANYWHERE, r"<\|im_start\|>user\n?", r"<\|im_start\|>assistant\n?", r"<\|im_end\|>"),  # ChatML: Qwen, SmolLM
     (_ANYWHERE, r"<\|(?:prompter|user)\|>", r"<\|assistant\|>", r"<\|endoftext\|>|<\|end\|>|</s>"),  # OASST, Zephyr
     (_ANYWHERE, r"(?:<s> ?)?\[INST\]", r"\[/INST\]", r"</s>"),  # Llama 2, Mistral
+    (_ANYWHERE, r"###\s*Instruction:", r"###\s*Response:", ""),  # Alpaca
+    (_ANYWHERE, r"<start_of_turn>user\n?", r"<start_of_turn>model\n?", r"<end_of_turn>"),  # Gemma
+    (  # Llama 3
+        _ANYWHERE,
+        r"<\|start_header_id\|>user<\|end_header_id\|>",
+        r"<\|start_header_id\|>assistant<\|end_header_id\|>",
+        r"<\|eot_id\|>",
+    ),
 ]
-_SYSTEM = re.compile(
-    r"\A(?:<\|im_start\|>system\n|<\|system\|>)(.*?)(?:<\|im_end\|>|<\|endoftext\|>|<\|end\|>|</s>)", re.DOTALL
+_MARKUP = re.compile(  # around what stands before the first turn
+    r"<s>|<bos>|<\|begin_of_text\|>|<\|im_start\|>system\n|<\|system\|>|<\|start_header_id\|>system<\|end_header_id\|>"
+    r"|<\|im_end\|>|<\|endoftext\|>|<\|end\|>|<\|eot_id\|>|</s>"
 )
 
 
@@ -79,7 +88,7 @@ def messages(prompt):
 
 
 def from_messages(found):
-    """Turns of a list of {"role", "content"}: what a system says stands before the first human turn (our choice).
+    """Turns of a list of {"role", "content"}: what a system says stands before the next human turn (our choice).
 
     Raises ValueError with the shape of what is no such list.
     """
@@ -90,11 +99,12 @@ def from_messages(found):
         if role in ("system", "developer"):
             before.append(content.strip())
         elif role in names:
-            said.append((names[role], " " + content.strip()))
+            content = content.strip()
+            if before and names[role] == "Human":
+                content, before = "\n\n".join([*before, content]), []
+            said.append((names[role], f" {content}"))
         else:
             raise ValueError(f"role {role!r}")
-    if before and said and said[0][0] == "Human":
-        said[0] = "Human", " " + "\n\n".join([*before, said[0][1].strip()])
     return said
 
 
@@ -104,26 +114,31 @@ def _role_and_content(message):
         raise ValueError("no message")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):  # text, pictures, reasoning
+        texts = [
+            part.get("text") for part in content if part.get("type") in ("text", "input_text", "output_text", None)
+        ]
+        content = "".join(text for text in texts if isinstance(text, str))
     if not (isinstance(role, str) and isinstance(content, str)):
         raise ValueError("a message without role or content")
     return role.lower(), content
 
 
 def _parsed(body, where, human, assistant, closer):
-    """The turns of a text that begins with a human's opener of this dialect, or with a system's; [] of any other."""
-    system = _SYSTEM.match(body)
-    body = body[system.end() :].lstrip() if system else body
+    """The turns of a text that begins with a human's opener of this dialect; [] of any other.
+
+    Where the openers are such as no text has by chance, what a system says may stand before the first one.
+    """
     opener = re.compile(f"{where}(?:(?P<human>{human})|(?P<assistant>{assistant}))")
     found = list(opener.finditer(body))
-    if not found or found[0].start() or not found[0]["human"]:
+    if not found or not found[0]["human"] or (found[0].start() and (where == _LINE or len(found) < 2)):
         return []
+    system = _MARKUP.sub("", body[: found[0].start()]).strip()
     ends = [match.start() for match in found[1:]] + [len(body)]
     parts = [body[match.end() : end].strip() for match, end in zip(found, ends)]
     said = [re.sub(rf"(?<!\s)\s*(?:{closer})\Z", "", part) for part in parts] if closer else parts
     if system:
-        said[0] = f"{system[1].strip()}\n\n{said[0]}".strip()
+        said[0] = f"{system}\n\n{said[0]}".strip()
     roles = ["Human" if match["human"] else "Assistant" for match in found]
     return [(role, f" {content}" if content else "") for role, content in zip(roles, said)]
 

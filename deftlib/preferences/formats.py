@@ -18,7 +18,18 @@ from deftlib.preferences.cleaning import pro_cleaned
 from deftlib.preferences.dialogues import ASSISTANT, HUMAN, canonical, from_messages, text
 from deftlib.preferences.readers import PreferenceError, RowFault, shape
 
-PROMPTS = ("prompt", "question", "instruction", "query", "messages", "conversation", "history", "input", "post")
+PROMPTS = (
+    "prompt",
+    "question",
+    "instruction",
+    "query",
+    "messages",
+    "conversation",
+    "conversations",
+    "history",
+    "input",
+    "post",
+)
 CHOSEN = ("chosen", "chosen_response", "response_j", "preferred", "accepted")
 REJECTED = ("rejected", "rejected_response", "response_k", "dispreferred", "not_accepted")
 RESPONSES = ("responses", "completions", "candidates", "answers", "outputs", "generations")
@@ -283,6 +294,8 @@ def _texts(row, key):
 def _more(row, notes):
     """What a row may say beside its texts: id, subset, and the rewards or scores of its replies."""
     more = {key: row[key] for key in ("id", "subset") if row.get(key) is not None}
+    if type(more.get("id")) is int:
+        more["id"] = str(more["id"])
     if row.get("rewards") is not None:
         more["rewards"] = _unpacked(row["rewards"])
     for names in SCORED:
@@ -347,6 +360,12 @@ def _prompt(row):
         value = _dialogue(value)
     elif name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():  # Alpaca
         value = f"{value.strip()}\n\n{row['input'].strip()}"
+    earlier = row.get("history") if name != "history" else None  # LLaMA-Factory: [[question, answer], ...]
+    if isinstance(earlier, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
+        turns = [
+            (role, f" {str(said).strip()}") for pair in earlier for role, said in zip(("Human", "Assistant"), pair)
+        ]
+        value = text([*turns, ("Human", f" {value.strip()}")]) if isinstance(value, str) else value
     prompt = as_prompt(value)
     if isinstance(system, str) and system.strip() and prompt.startswith(HUMAN):
         return f"{HUMAN} {system.strip()}\n\n{prompt.removeprefix(HUMAN).lstrip()}"

@@ -36,6 +36,13 @@ DIALECTS = {
     "<|prompter|>A list:\n\n- one\n- two<|endoftext|><|assistant|>Fine.<|endoftext|>",
     "Zephyr": "<|user|>\nHi!</s>\n<|assistant|>\nHello.</s>\n"
     "<|user|>\nA list:\n\n- one\n- two</s>\n<|assistant|>\nFine.",
+    "Alpaca": "### Instruction:\nHi!\n\n### Response:\nHello.\n\n### Instruction:\nA list:\n\n- one\n- two\n\n"
+    "### Response:\nFine.",
+    "Gemma": "<bos><start_of_turn>user\nHi!<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+    "<start_of_turn>user\nA list:\n\n- one\n- two<end_of_turn>\n<start_of_turn>model\nFine.<end_of_turn>\n",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi!<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "A list:\n\n- one\n- two<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nFine.<|eot_id|>",
     "Llama 2": "<s>[INST] Hi! [/INST] Hello. </s><s>[INST] A list:\n\n- one\n- two [/INST] Fine. </s>",
 }
 
@@ -56,8 +63,13 @@ def test_a_dialogue_in_the_format_and_other_text_stay_as_they_are():
 def test_what_a_system_says_stands_before_the_first_human_turn():
     text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert canonical(text) == "\n\nHuman: Be kind.\n\nHi\n\nAssistant:"
+    vicuna = "A chat between a user and an assistant. USER: Hi ASSISTANT:"
+    assert canonical(vicuna) == "\n\nHuman: A chat between a user and an assistant.\n\nHi\n\nAssistant:"
     said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     assert from_messages(said) == [("Human", " Be kind.\n\nHi")]
+    said += [{"role": "assistant", "content": "Ho"}, {"role": "system", "content": "Be brief."}]
+    said += [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "And?"}]}]
+    assert from_messages(said)[1:] == [("Assistant", " Ho"), ("Human", " Be brief.\n\nAnd?")]
 
 
 def test_turns_and_text_are_inverse():

@@ -170,7 +170,9 @@ def one(tmp_path, *rows, **options):
         {"prompt": "Hi", "responses": ["bad", "good"], "ranks": [2, 1]},
         {"question": "Hi", "answers": [{"text": "bad", "pm_score": 1}, {"text": "good", "pm_score": 4}]},
         {"prompt": "Hi", "completions": [{"text": "bad"}, {"text": "good", "score": 1}], "scores": [0, 1]},
-        {"question": "Hi", "response_j": "good", "response_k": "bad"},
+        {"question": "Hi", "response_j": "good", "response_k": "bad", "id": 7},
+        {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "good"},
+         "rejected": {"from": "gpt", "value": "bad"}},
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {"role": "assistant", "content": "good"},
          "rejected": "bad"},
     ],
@@ -211,6 +213,11 @@ def test_equal_scores_keep_the_file_order_and_ties_of_two_are_counted_and_left_o
     tie = {"conversation_a": "Human: Hi\nAssistant: a", "conversation_b": "Human: Hi\nAssistant: b", "winner": "tie"}
     assert len(one(tmp_path, tie, tie | {"winner": "model_b"}, tie | {"winner": "tie (bothbad)"})) == 1
     assert "pairs without a winner: 2" in capsys.readouterr().out
+
+
+def test_a_history_beside_an_instruction_is_what_was_said_before(tmp_path):
+    row = {"instruction": "And?", "input": "", "history": [["Hi", "Ho"]], "chosen": "good", "rejected": "bad"}
+    assert one(tmp_path, row)[0]["prompt"] == "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: And?\n\nAssistant:"
 
 
 def test_what_a_system_says_stands_before_the_question(tmp_path):

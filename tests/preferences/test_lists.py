@@ -251,7 +251,7 @@ def test_mini_is_read_by_name():
         ({"prompt": 1, "responses": ["a", "b"]}, "wrong type"),
         ({"prompt": "Hi", "responses": "ab"}, "wrong type"),
         ({"prompt": "Hi", "responses": ["a", None]}, "wrong type"),
-        ({"prompt": "Hi", "responses": ["a", "b"], "id": 7}, "wrong type"),
+        ({"prompt": "Hi", "responses": ["a", "b"], "id": [7]}, "wrong type"),
         ({"prompt": "Hi", "responses": ["a", "b"], "rewards": 1}, "wrong type"),
         ({"prompt": " ", "responses": ["a", "b"]}, "empty prompt"),
         ({"prompt": "Hi", "responses": ["a", " \n"]}, "empty reply"),
