@@ -3,7 +3,8 @@
     pair_judge     an LLM behind an endpoint that prefers one of two replies, held to human labels
     judge_tests    reward models on human-labelled pairs from elsewhere
     preference     what the humans said: how often a policy ranks held-out pairs as they did
-    human_eval     blind pairs, the page on which people rate them, win rates and agreement
+    rating_page    the page on which people rate blind pairs
+    human_eval     blind pairs, files of ratings, win rates and agreement
     refine         reference answers rewritten by a stronger model
     mt_bench       MT-Bench: asks the judge (through `models.endpoint`), reads and averages its ratings
     questions      MT-Bench's questions, judge prompts and right answers

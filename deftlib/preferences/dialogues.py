@@ -114,14 +114,17 @@ def _role_and_content(message):
         raise ValueError("no message")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):  # text, pictures, reasoning
-        texts = [
-            part.get("text") for part in content if part.get("type") in ("text", "input_text", "output_text", None)
-        ]
-        content = "".join(text for text in texts if isinstance(text, str))
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = text_of_parts(content)
     if not (isinstance(role, str) and isinstance(content, str)):
         raise ValueError("a message without role or content")
     return role.lower(), content
+
+
+def text_of_parts(parts):
+    """The text in a message's content that is a list of parts: no picture, no reasoning."""
+    texts = [part.get("text") for part in parts if part.get("type") in ("text", "input_text", "output_text", None)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _parsed(body, where, human, assistant, closer):

@@ -18,18 +18,8 @@ from deftlib.preferences.cleaning import pro_cleaned
 from deftlib.preferences.dialogues import ASSISTANT, HUMAN, canonical, from_messages, text
 from deftlib.preferences.readers import PreferenceError, RowFault, shape
 
-PROMPTS = (
-    "prompt",
-    "question",
-    "instruction",
-    "query",
-    "messages",
-    "conversation",
-    "conversations",
-    "history",
-    "input",
-    "post",
-)
+PROMPTS = ("prompt", "question", "instruction", "query", "messages", "conversation", "conversations")
+PROMPTS += ("history", "input", "post")
 CHOSEN = ("chosen", "chosen_response", "response_j", "preferred", "accepted")
 REJECTED = ("rejected", "rejected_response", "response_k", "dispreferred", "not_accepted")
 RESPONSES = ("responses", "completions", "candidates", "answers", "outputs", "generations")
@@ -301,8 +291,8 @@ def _more(row, notes):
     for names in SCORED:
         if all(row.get(name) is not None for name in names) and "rewards" not in more:
             scores = [_number(row[name]) for name in names]
-            ordered = all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]
-            if ordered:
+            contradict = all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]
+            if contradict:
                 notes["pairs whose scores contradict what was chosen"] += 1  # the choice stands, without scores
             else:
                 more["rewards"] = scores
@@ -362,9 +352,8 @@ def _prompt(row):
         value = f"{value.strip()}\n\n{row['input'].strip()}"
     earlier = row.get("history") if name != "history" else None  # LLaMA-Factory: [[question, answer], ...]
     if isinstance(earlier, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
-        turns = [
-            (role, f" {str(said).strip()}") for pair in earlier for role, said in zip(("Human", "Assistant"), pair)
-        ]
+        roles = "Human", "Assistant"
+        turns = [(role, f" {str(said).strip()}") for pair in earlier for role, said in zip(roles, pair)]
         value = text([*turns, ("Human", f" {value.strip()}")]) if isinstance(value, str) else value
     prompt = as_prompt(value)
     if isinstance(system, str) and system.strip() and prompt.startswith(HUMAN):

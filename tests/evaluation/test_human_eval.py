@@ -10,7 +10,6 @@ from deftlib import store
 from deftlib.evaluation.human_eval import (
     ANSWERS,
     RatingError,
-    RatingPage,
     aggregate,
     agreement,
     by_pair,
@@ -24,6 +23,7 @@ from deftlib.evaluation.human_eval import (
     read_ratings,
     write_sheet,
 )
+from deftlib.evaluation.rating_page import RatingPage
 from deftlib.intervals import wilson_interval
 from deftlib.preferences import mini_world
 from deftlib.profile import Profile

