@@ -3,7 +3,9 @@
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
-# make fuzz              feed every reader with nonsense, 100,000 times each: an hour (make test: 250 times)
+# make fuzz               feed every reader with nonsense, 100,000 times each: an hour (make test: 250 times)
+# make kills              kill every long work at random moments, 50 times each: half an hour (make test: once)
+# make audit              look for published weaknesses of the pinned packages, with pip-audit
 # make statistics         simulate how often the intervals hold the truth: figures/statistics/
 # make clean              remove results (kept answers of judges and ratings of people too), keep .venv and downloads
 
@@ -15,7 +17,7 @@ READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
 NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
 
-.PHONY: paper test fuzz report lab notebooks data statistics clean help
+.PHONY: paper test fuzz kills audit report lab notebooks data statistics clean help
 .DELETE_ON_ERROR:
 
 # Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
@@ -58,6 +60,16 @@ test: $(READY)
 fuzz: $(READY)
 	DEFT_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py
 
+kills: $(READY)
+	DEFT_KILLS=50 $(BIN)/python -m pytest tests/test_kills.py
+
+audit: | build
+	@$(PYTHON) -m venv build/.audit && build/.audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@build/.audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+build:
+	@mkdir -p $@
+
 report: paper
 	@$(BIN)/deft site --profile $(PROFILE)
 
@@ -79,15 +91,16 @@ clean:
 	rm -rf build figures/mini figures/mini,*
 
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1
 
-$(READY): pyproject.toml constraints.txt
+# Two that start at once: the first sets up, the other waits and finds it done. A shell holds the lock as its file 9.
+$(READY): pyproject.toml constraints.txt | build
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
 		sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, found {v}: make PYTHON=python3.13 paper")'
-	@echo "setting up $(VENV) (once; a few minutes)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@touch $@
+	@exec 9> build/.set-up.lock && $(PYTHON) -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'; \
+	[ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ] && exit 0; \
+	echo "setting up $(VENV) (once; a few minutes)" && $(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]' && touch $@

@@ -32,21 +32,30 @@ def redacted(text):
     return _URL.sub(lambda found: without(found[0]), text)
 
 
-def hidden(tree, key=""):
-    """Nested settings with every URL as results may show it; `given` knows the whole one from now on.
+def hidden(tree):
+    """Nested settings with every URL as results may show it; `given` knows the whole ones from now on.
 
-    key: the name of a setting that is no section; what a `url` holds is one, however it is spelled.
+    What a setting called `url` holds is one, however it is spelled. Raises ValueError for two URLs that would be shown
+    alike.
     """
+    found = {}
+    shown = _hidden(tree, "", found)
+    if found:
+        os.environ[VARIABLE] = json.dumps(_known() | found)
+    return shown
+
+
+def _hidden(tree, key, found):
     if isinstance(tree, dict):
-        return {name: hidden(value, name) for name, value in tree.items()}
+        return {name: _hidden(value, name, found) for name, value in tree.items()}
     if isinstance(tree, list):
-        return [hidden(value, key) for value in tree]
+        return [_hidden(value, key, found) for value in tree]
     is_url = isinstance(tree, str) and (key.rpartition(".")[2] == "url" or _URL.fullmatch(tree.strip()))
     if not is_url or not tree.strip():
         return tree
     shown = without(tree.strip())
-    if shown != tree:
-        os.environ[VARIABLE] = json.dumps(_known() | {shown: tree.strip()})
+    if shown != tree and found.setdefault(shown, tree.strip()) != tree.strip():
+        raise ValueError(f"two different credentials for {shown}: give one of them another name for its host")
     return shown
 
 

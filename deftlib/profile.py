@@ -293,12 +293,16 @@ class Profile(Settings):
     @classmethod
     def load(cls, name, overrides=None):
         """The profile of that name, with overrides applied. Raises ProfileError on anything unknown."""
-        tree = hidden(_read(name))
-        plain = typed.build(Settings, tree)
+        plain = typed.build(Settings, hidden(_read(name)))
         if plain.name != name:
             raise ProfileError(f"{name}.yaml calls itself {plain.name!r}, expected {name!r}")
+        whole = _read(name)
         for key, value in (overrides or {}).items():
-            typed.override(tree, key, hidden(value, key))
+            typed.override(whole, key, value)
+        try:
+            tree = hidden(whole)
+        except ValueError as error:
+            raise ProfileError(str(error)) from error
         chosen = typed.build(Settings, tree)
         were = plain.settings()
         changes = {key: value for key, value in chosen.settings().items() if key not in were or were[key] != value}

@@ -17,33 +17,36 @@ from papermill.exceptions import PapermillExecutionError
 
 from deftlib.command import one_sentence
 from deftlib.profile import Profile, ProfileError, add_options
-from deftlib.store import ROOT, build_dir, explained
+from deftlib.store import ROOT, alone, build_dir, explained
 
 
 def execute(notebook, profile):
     """Path of the executed copy. Raises PapermillExecutionError if a cell fails."""
-    notebook, overrides = Path(notebook).resolve(), profile.changes
-    variant = profile.label if overrides else ""  # make looks at the plain copies
+    notebook = Path(notebook).resolve()
+    variant = profile.label if profile.changes else ""  # make looks at the plain copies
     target = build_dir(profile.name) / "notebooks" / variant / notebook.name
     running = target.with_suffix(".running.ipynb")
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(
-            notebook,
-            running,
-            parameters={"profile": profile.name, "overrides": overrides},
-            kernel_name="python3",
-            cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
-            progress_bar=False,
-            log_output=True,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # each kernel would warn that it talks over loopback TCP
-        )
-    except PapermillExecutionError:
-        os.replace(running, target.with_suffix(".failed.ipynb"))
-        raise
-    os.replace(running, target)
-    target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    with alone(target, f"another process runs {notebook.name}: waiting"):
+        try:
+            papermill.execute_notebook(
+                notebook,
+                running,
+                parameters={"profile": profile.name, "overrides": profile.changes},
+                kernel_name="python3",
+                cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
+                progress_bar=False,
+                log_output=True,
+                extra_arguments=[
+                    "--IPKernelApp.log_level=ERROR"
+                ],  # each kernel would warn that it talks over loopback TCP
+            )
+        except PapermillExecutionError:
+            os.replace(running, target.with_suffix(".failed.ipynb"))
+            raise
+        os.replace(running, target)
+        target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return target
 
 

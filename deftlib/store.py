@@ -18,7 +18,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from deftlib.provenance import edited_since_import, made_by, provenance, upgraded_since_import
 
@@ -86,7 +86,7 @@ def stage(profile, name, key, produce, module):
 def _publish(final, name, key, produce, module):
     """Fill a temporary folder and rename it to `final`."""
     work = final.with_name(final.name + ".partial")
-    with explained(work), _alone(final):
+    with explained(work), alone(final, f"[{name}] another process makes it: waiting"):
         if (final / MANIFEST).is_file():  # another process finished it while this one waited
             return
         _refuse_edited(name, module)  # before the work too: it would be in vain
@@ -115,15 +115,19 @@ def _refuse_edited(name, module):
 
 
 @contextmanager
-def _alone(final):
-    """One process at a time computes a result: two notebooks may want the same."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock = final.with_name(f".{final.name}.lock")
-    with FileLock(lock):
+def alone(path, waiting):
+    """One process at a time makes what is at `path`; the others say `waiting`, wait, and may find it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(waiting, flush=True)
+    with lock:
         try:
             yield
         finally:  # by its holder alone: one that gave up waiting would take it from under the others
-            lock.unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -174,6 +178,10 @@ class Kept:
     def __init__(self, path):
         self.path, self._lock = Path(path), threading.Lock()
         self._others = FileLock(self.path.with_name(f".{self.path.name}.lock"), thread_local=False)
+        self._read()
+
+    def _read(self):
+        """Find what is in the file, and mend its end."""
         lines, last = self._lines()
         if last:
             with explained(self.path), self._others:  # unless another process was just writing it
@@ -193,6 +201,14 @@ class Kept:
         text = content.decode("utf-8", "replace")
         *lines, last = text.split("\n")
         return [f"{line}\n" for line in lines], last
+
+    @contextmanager
+    def asking(self):
+        """One process at a time asks; another waits, and then finds what was answered: nothing is asked twice."""
+        asking = self.path.with_name(f"{self.path.name}.asking")
+        with explained(self.path), alone(asking, f"  another process asks for {self.path.stem}: waiting"):
+            self._read()
+            yield
 
     def __len__(self):
         return len(self._entries)

@@ -11,6 +11,7 @@ from deftlib import credentials
 from deftlib.credentials import given, hidden, redacted, without
 from deftlib.profile import Profile
 from deftlib.reporting import claims_page, settings
+from deftlib.typed import ProfileError
 
 URL = "http://me:SECRET@host:8000/v1?api-key=SECRET&api-version=2024-10-21#SECRET"
 SHOWN = "http://host:8000/v1?api-version=2024-10-21"
@@ -56,6 +57,16 @@ def test_no_form_of_a_profile_holds_a_secret():
     forms += [repr(shown), shown._repr_html_(), claims_page.differences(profile), json.dumps(profile.settings())]
     assert not any("SECRET" in form for form in forms)
     assert all("host:8000" in form for form in forms[:3])
+
+
+def test_two_credentials_that_would_be_shown_alike_are_refused_and_a_new_one_replaces_the_old():
+    one, other = ("http://me:SECRET@host/v1", "http://you:SECRET@host/v1")
+    changes = {"mt_bench.judge.url": one, "evaluation.refiner.url": other}
+    with pytest.raises(ProfileError, match=r"two different credentials for http://host/v1: give one") as caught:
+        Profile.load("mini", changes)
+    assert "SECRET" not in str(caught.value)
+    for url in (one, other):
+        assert given(Profile.load("mini", {"mt_bench.judge.url": url}).mt_bench.judge.url) == url
 
 
 def test_a_process_that_this_one_starts_knows_them_too():

@@ -78,7 +78,14 @@ KEYS = [
     "reward",
     "meta",
 ]
-KEYS += ["message_tree_id", "role", "text", "replies", "rank", *[name for names in (*SCORED, *TWO) for name in names]]
+KEYS += [
+    "message_tree_id",
+    "role",
+    "text",
+    "replies",
+    "rank",
+    *[name for names in (*SCORED, *(columns for columns, _, _ in TWO)) for name in names],
+]
 ROW = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=6)
 TREE = st.recursive(
     st.fixed_dictionaries(

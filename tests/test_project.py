@@ -132,3 +132,13 @@ def test_ci_takes_its_two_commands_from_the_readme():
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert blocks[0].split("\n") == ["make paper", "make test", ""]
     assert "README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_page_of_promises_names_tests_that_exist():
+    text = (ROOT / "notebooks/promises.md").read_text()
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", text)
+    assert len(named) > 10
+    for path, test in named:
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+    for path in re.findall(r"\]\(\.\./(tests/[^)]+)\)", text):
+        assert (ROOT / path).is_file()

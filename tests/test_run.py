@@ -1,5 +1,6 @@
 """A notebook is published when every cell has run; a failure leaves the earlier copy, one line and exit code 1."""
 
+import multiprocessing
 import subprocess
 import sys
 
@@ -77,3 +78,15 @@ def test_what_cells_print_comes_in_whole_lines_behind_the_number_of_the_notebook
     run._show_cell_output("07")
     run.execute(notebook("print('a', end=''); print('b'); print('c\\nd')"), Profile.load("mini"))
     assert capsys.readouterr().out.splitlines()[-3:] == ["07  ab", "07  c", "07  d"]
+
+
+def test_two_that_run_the_same_notebook_do_so_one_after_the_other(notebook, tmp_path, capfd):
+    path, profile = notebook("import time; time.sleep(1); print('whole')"), Profile.load("mini")
+    both = [multiprocessing.get_context("fork").Process(target=run.execute, args=(path, profile)) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert [each.exitcode for each in both] == [0, 0]
+    assert "another process runs demo.ipynb: waiting" in capfd.readouterr().out
+    assert "whole" in (tmp_path / "build/mini/notebooks/demo.ipynb").read_text()

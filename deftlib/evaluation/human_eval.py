@@ -112,6 +112,9 @@ def read_ratings(path, key):
     except (ValueError, OSError, pd.errors.ParserWarning) as error:  # an empty file, uneven rows
         raise RatingError(f"{path} is not a CSV file: {error}") from error
     frame.columns = frame.columns.str.strip().str.lower()
+    twice = frame.columns[frame.columns.duplicated()].intersection(["pair", *ASPECTS])
+    if len(twice):
+        raise RatingError(f"{path}: two columns are called {twice[0]!r}; delete one")
     missing = [name for name in ["pair", *ASPECTS] if name not in frame]
     if missing:
         raise RatingError(f"{path}: no column {', '.join(missing)} among {', '.join(frame)}; is it a filled sheet?")

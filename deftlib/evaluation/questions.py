@@ -21,6 +21,23 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, 
 TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 OTHER = 0.7  # FastChat's, of any other category
 WITH_REFERENCE = {"math", "reasoning", "coding"}  # the judge is shown a right answer
+JUDGE_PROMPTS = [
+    f"{kind}{turn}"
+    for kind in ("single-v1", "single-math-v1", "pair-v2", "pair-math-v1")
+    for turn in ("", "-multi-turn")
+]
+GAPS = [
+    "question",
+    "question_1",
+    "question_2",
+    "answer",
+    "answer_1",
+    "answer_2",
+    "answer_a",
+    "answer_a_1",
+    "answer_a_2",
+]
+GAPS += ["answer_b", "answer_b_1", "answer_b_2", "ref_answer_1", "ref_answer_2"]
 FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
     "mt_bench/question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
@@ -74,7 +91,7 @@ def read_bench(folder, references, count):
     chosen = sorted(place.sort_values(kind="stable").index[:count])
     own = folder / "judge_prompts.jsonl"
     asked = own if own.is_file() or references else official_folder() / own.name
-    prompts = {_field(asked, line, row, "name", str): row for line, row in _numbered(asked)}
+    prompts = _judge_prompts(asked)
     paths = (
         [folder / "reference_answer" / references] if references else sorted(folder.glob("reference_answer/*.jsonl"))
     )
@@ -87,9 +104,27 @@ def read_bench(folder, references, count):
                 raise MTBenchError(f"{path} line {line}: no question_id or choices[0].turns in it") from error
     for question in questions:
         i = question["question_id"]
-        if question["category"] in WITH_REFERENCE and len(right.get(i, [])) < 2:
+        if question["category"] in WITH_REFERENCE and len(right.get(i, [])) != 2:
             raise MTBenchError(f"{folder}: question {i} has no answer in reference_answer/ for each turn")
     return Bench([questions[i] for i in chosen], prompts, right)
+
+
+def _judge_prompts(path):
+    """{name: row} of judge_prompts.jsonl: all that judging asks for, with no other gap in a template than it fills."""
+    prompts = {}
+    for line, row in _numbered(path):
+        _field(path, line, row, "system_prompt", str)
+        template = _field(path, line, row, "prompt_template", str)
+        try:
+            template.format(**dict.fromkeys(GAPS, ""))
+        except (LookupError, ValueError, AttributeError) as error:
+            gaps = ", ".join(GAPS)
+            raise MTBenchError(f"{path} line {line}: {error} in prompt_template; it may hold {gaps}") from error
+        prompts[_field(path, line, row, "name", str)] = row
+    missing = [name for name in JUDGE_PROMPTS if name not in prompts]
+    if missing:
+        raise MTBenchError(f"{path}: no judge prompt {', '.join(missing)} in it")
+    return prompts
 
 
 def _question(path, line, row):

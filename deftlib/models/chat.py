@@ -11,6 +11,7 @@ LM Studio, LiteLLM, OpenRouter, Azure, Groq, Gemini, Mistral.
 import re
 import threading
 import time
+from email.utils import parsedate_to_datetime
 from urllib.parse import parse_qsl, urlsplit
 
 from deftlib.models.said import reply_in
@@ -120,12 +121,23 @@ def address(url):
 
 def option_refused(error, sent):
     """The option of `sent` that the server will not take, by its error's parameter or words; None if it says other."""
-    words = f"{getattr(error, 'param', None) or ''} {error} {getattr(error, 'body', None) or ''}"
+    words = f"{getattr(error, 'param', None) or ''} {' '.join(_said_in(getattr(error, 'body', None) or str(error)))}"
+    for message in sent.get("messages", []):  # some servers repeat what they were sent
+        words = words.replace(str(message["content"]), " ")
     if _TOO_LONG.search(words) or not _REFUSED.search(words):
         return None
     options = [option for option in ("max_tokens", "max_completion_tokens", "temperature", "seed") if option in sent]
     named = {option: re.search(rf"(?<!\w){option}(?!\w)", words) for option in options}
     return min((option for option in options if named[option]), key=lambda option: named[option].start(), default=None)
+
+
+def _said_in(body):
+    """Every text in an error's body but the input that it repeats."""
+    if isinstance(body, dict):
+        return [text for name, part in body.items() if name not in ("input", "messages") for text in _said_in(part)]
+    if isinstance(body, list):
+        return [text for part in body for text in _said_in(part)]
+    return [str(body)]
 
 
 def wait_told(error):
@@ -137,9 +149,20 @@ def wait_told(error):
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         if re.fullmatch(r"\d+(\.\d+)?", headers.get(name, "")):
             return scale * float(headers[name])
+    until, now = (_seconds_of_date(headers.get(name, "")) for name in ("retry-after", "date"))
+    if until:
+        return max(0.0, until - (now or time.time()))
     told = _WAIT.search(words)
     parts = re.findall(_DURATION, told[1], re.IGNORECASE) if told else []
     return sum(float(size) * _UNITS[unit.lower()] for size, unit in parts) if parts else None
+
+
+def _seconds_of_date(text):
+    """Since 1970, of a date as HTTP writes it; None of anything else."""
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except ValueError:
+        return None
 
 
 def text_of(completion):

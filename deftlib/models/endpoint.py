@@ -54,13 +54,10 @@ def ask(endpoint, requests, path, label="asking", at_once=8):
         raise ValueError(f"an endpoint is a URL (http://localhost:8000/v1) and the name of a model, found {found}")
     kept = store.Kept(path)
     questions = _questions(endpoint, requests)
-    todo = {store.content_key(question): question for question in questions if question not in kept}
     reasons = {}
-    if todo:
-        n_kept = sum(question in kept for question in questions)
-        if n_kept:
-            print(f"  {label}: {n_kept} of {len(questions)} answers are kept from before", flush=True)
-        reasons = _ask_rest(endpoint, todo, kept, bool(n_kept), label, at_once)
+    if not all(question in kept for question in questions):
+        with kept.asking():
+            reasons = _ask_rest(endpoint, questions, kept, label, at_once)
     texts = [reply_in(kept[question]["text"]) if question in kept else None for question in questions]
     keys = [store.content_key(question) for question in questions]
     return Answers(texts, {i: reasons[key] for i, key in enumerate(keys) if key in reasons})
@@ -123,8 +120,15 @@ def _questions(endpoint, requests):
     return [{"model": endpoint.model, "request": {**request, **limit}} for request in requests]
 
 
-def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
-    """Ask `todo` {content key: question} and keep what is answered. Returns {content key: reason} of all others."""
+def _ask_rest(endpoint, questions, kept, label, at_once):
+    """Ask what is not kept, and keep what is answered. Returns {content key: reason} of all others."""
+    todo = {store.content_key(question): question for question in questions if question not in kept}
+    n_kept = sum(question in kept for question in questions)
+    if n_kept:
+        print(f"  {label}: {n_kept} of {len(questions)} answers are kept from before", flush=True)
+    if not todo:  # another process asked meanwhile
+        return {}
+    any_answer = bool(n_kept)
     try:
         import openai
     except ImportError as error:
@@ -158,7 +162,7 @@ def _ask_rest(endpoint, todo, kept, any_answer, label, at_once):
             for key, future in done:
                 try:
                     completion, changed = future.result()
-                    tokens = getattr(getattr(completion, "usage", None), "total_tokens", None) or 0
+                    tokens = _tokens(completion)
                     SPENT[name] += tokens
                     kept.add(todo[key], _entry(todo[key]["request"], completion, changed))
                     any_answer, in_a_row, in_vain = True, 0, False
@@ -186,6 +190,14 @@ def _entry(request, completion, changed):
     said |= {"model": completion.model, "fingerprint": getattr(completion, "system_fingerprint", None)}
     said |= {"usage": completion.usage and completion.usage.to_dict()}
     return said | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _tokens(completion):
+    """What an answer cost, 0 where the server does not count; some count in text."""
+    try:
+        return int(completion.usage.total_tokens)
+    except (AttributeError, TypeError, ValueError):
+        return 0
 
 
 def _reason(error, secret):

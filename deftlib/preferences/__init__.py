@@ -2,6 +2,7 @@
 
     lists          read, check, reject, split: any source becomes one Dataset
     formats        what a row means: the formats of this field, by the names of their columns
+    cells          what a cell holds: text, lists that CSV spells, numbers of any country
     cleaning       HH-RLHF as the PRO authors cleaned it
     sources        which files: one, a folder in any of the usual layouts, the hub
     readers        the rows of one file: JSON lines, a JSON array, CSV, Parquet, in any encoding

@@ -76,14 +76,19 @@ def canonical(dialogue):
 
 
 def messages(prompt):
-    """A prompt in the format as chat messages: empty turns left out, neighbours of one role joined by a blank line."""
-    found = []
-    for role, said in turns(prompt):
+    """A prompt in the format as chat messages: empty turns left out, neighbours of one role joined by a blank line.
+
+    An empty turn of the human who is answered stays: templates and servers want the last word to be theirs.
+    """
+    found, asked = [], [(role, said) for role, said in turns(prompt) if role == "Human" or said.strip()]
+    for role, said in asked:
         said, role = said.strip(), ROLES[role]
         if said and found and found[-1]["role"] == role:
             found[-1]["content"] += f"\n\n{said}"
         elif said:
             found.append({"role": role, "content": said})
+    if asked and asked[-1][0] == "Human" and not asked[-1][1].strip():
+        found.append({"role": "user", "content": ""})
     return found
 
 

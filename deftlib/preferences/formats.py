@@ -7,19 +7,17 @@ A text may stand for itself, as a dialogue of any dialect, or as a list of messa
 in the table `FORMATS`. A new one is one function and one line there.
 """
 
-import ast
-import json
-import math
-import re
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
+from deftlib.preferences.cells import field, is_plain, name_in, number, text_or_messages, texts, unpacked, whole
 from deftlib.preferences.cleaning import pro_cleaned
-from deftlib.preferences.dialogues import ASSISTANT, HUMAN, canonical, from_messages, text
+from deftlib.preferences.dialogues import ASSISTANT, HUMAN, ROLES, canonical, from_messages, text
 from deftlib.preferences.readers import PreferenceError, RowFault, shape
 
 PROMPTS = ("prompt", "question", "instruction", "query", "messages", "conversation", "conversations")
-PROMPTS += ("history", "input", "post")
+PROMPTS += ("history", "input", "post", "context")
 CHOSEN = ("chosen", "chosen_response", "response_j", "preferred", "accepted")
 REJECTED = ("rejected", "rejected_response", "response_k", "dispreferred", "not_accepted")
 RESPONSES = ("responses", "completions", "candidates", "answers", "outputs", "generations")
@@ -31,14 +29,15 @@ SAID = ("response", "answer", "text", "content", "completion", "output", "genera
 RATED = ("reward", "overall_score", "score", "rating", "preference_score", "pm_score")
 PARALLEL = ("rewards", "scores", "ratings", "rating", "score")  # lists of numbers beside the responses
 RANKS = ("ranks", "rank", "ranking")
-TWO = {  # columns of two responses: (name, the column that says which is better, {its value: the better one's place})
-    ("response_0", "response_1"): ("better_response_id", {0: 0, 1: 1}),  # PKU-SafeRLHF
-    ("output_1", "output_2"): ("preference", {1: 0, 2: 1}),  # AlpacaFarm
-    ("human_ref_A", "human_ref_B"): ("labels", {1: 0, 0: 1}),  # SHP
-    ("conversation_a", "conversation_b"): ("winner", {"model_a": 0, "model_b": 1}),  # LMSYS arena
-    ("response_a", "response_b"): ("winner", {"a": 0, "b": 1, "model_a": 0, "model_b": 1}),
-    ("answer_0", "answer_1"): (("score_0", "score_1"), None),  # WebGPT
-}
+TWO = [  # (columns of two responses, a column that says which is better, {its value: the place}), or a score of each
+    (("response_0", "response_1"), "better_response_id", {0: 0, 1: 1}),  # PKU-SafeRLHF
+    (("output_1", "output_2"), "preference", {1: 0, 2: 1}),  # AlpacaFarm
+    (("human_ref_A", "human_ref_B"), "labels", {1: 0, 0: 1}),  # SHP
+    (("conversation_a", "conversation_b"), "winner", {"model_a": 0, "model_b": 1}),  # LMSYS arena
+    (("response_a", "response_b"), ("winner_model_a", "winner_model_b"), None),  # LMSYS 55k
+    (("response_a", "response_b"), "winner", {"a": 0, "b": 1, "model_a": 0, "model_b": 1}),
+    (("answer_0", "answer_1"), ("score_0", "score_1"), None),  # WebGPT
+]
 
 
 class Format(NamedTuple):
@@ -94,9 +93,10 @@ def candidates(row, format, cleaning, notes):
 
 def _hh_rlhf(row, cleaning, notes):
     """{"chosen", "rejected"}: two whole dialogues, equal up to their last reply, as text or as lists of messages."""
-    dialogues = [_dialogue(_one_of(row, names)) for names in (CHOSEN, REJECTED)]
+    values = [text_or_messages(row, names) for names in (CHOSEN, REJECTED)]
+    dialogues = [canonical(value) if isinstance(value, str) else _turns(value) for value in values]
     if cleaning == "pro":
-        dialogues = pro_cleaned(*dialogues, notes)
+        dialogues = pro_cleaned(*map(_dialogue, values), notes)
     (prompt, chosen), (other_prompt, rejected) = map(_parted, dialogues)
     if prompt != other_prompt:
         raise RowFault("differing prompts")
@@ -105,39 +105,45 @@ def _hh_rlhf(row, cleaning, notes):
 
 def _pairs(row, cleaning, notes):
     """{"prompt", "chosen", "rejected"}: replies alone or whole dialogues, as text or as messages; perhaps scores."""
-    yield from _listed(row, [_one_of(row, names) for names in (CHOSEN, REJECTED)], _more(row, notes))
+    yield from _listed(row, [text_or_messages(row, names) for names in (CHOSEN, REJECTED)], _more(row, notes))
 
 
 def _lists(row, cleaning, notes):
     """{"prompt", "responses"}: text, messages, or objects with a score or a rank each; else best first or rewards."""
-    responses, more = _field(row, _name(row, RESPONSES), list), _more(row, notes)
-    beside = {name: _unpacked(row[name]) for name in (*PARALLEL, *RANKS) if row.get(name) is not None}
+    responses, more = field(row, name_in(row, RESPONSES), list), _more(row, notes)
+    beside = {name: unpacked(row[name]) for name in (*PARALLEL, *RANKS) if row.get(name) is not None}
     for name, values in beside.items():
         if name != "rewards" and isinstance(values, list) and "rewards" not in more:
-            kind, read = ("ranks", _whole) if name in RANKS else ("rewards", _number)
+            kind, read = ("ranks", whole) if name in RANKS else ("rewards", number)
             more.setdefault(kind, [read(value) for value in values])
     if responses and all(isinstance(response, dict) and "role" not in response for response in responses):
-        said = _name(responses[0], SAID)
+        said = name_in(responses[0], SAID)
         rated = next((name for name in RATED for response in responses if name in response), None)
         if rated and all(rated in response for response in responses):
-            more["rewards"] = [_number(response.get(rated)) for response in responses]
+            more["rewards"] = [number(response.get(rated)) for response in responses]
         elif any("rank" in response for response in responses):
-            more["ranks"] = [_whole(response.get("rank")) for response in responses]
+            more["ranks"] = [whole(response.get("rank")) for response in responses]
         responses = [response.get(said) for response in responses]
     yield from _listed(row, responses, more)
 
 
 def _two(row, cleaning, notes):
     """Two responses in columns of their own, and a column that says which is better, or a score of each."""
-    columns = next((names for names in TWO if names[0] in row and names[1] in row), None)
-    if columns is None:
+    found = [line for line in TWO if all(name in row for name in line[0])]
+    if not found:
         raise RowFault("missing key", f"no two responses in {shape(row)}")
-    (said, places), responses = TWO[columns], [_one_of(row, (name,)) for name in columns]
+    told = lambda said: row.keys() & ({said} if isinstance(said, str) else set(said))
+    columns, said, places = next((line for line in found if told(line[1])), found[0])
+    row, responses = _responses(row, columns)
     if places is None:
-        yield from _listed(row, responses, _more(row, notes) | {"rewards": [_number(row.get(name)) for name in said]})
+        scores = [number(row.get(name)) for name in said]
+        if scores[0] == scores[1] and said[0].startswith("winner"):
+            notes["pairs without a winner"] += 1
+            return
+        yield from _listed(row, responses, _more(row, notes) | {"rewards": scores})
         return
-    verdict = _whole(row.get(said))
-    place = places.get(verdict.lower() if isinstance(verdict, str) else verdict) if _is_plain(verdict) else None
+    verdict = whole(row.get(said))
+    place = places.get(verdict.lower() if isinstance(verdict, str) else verdict) if is_plain(verdict) else None
     if place is None:
         notes["pairs without a winner"] += 1  # a tie, or nobody said
         return
@@ -159,7 +165,7 @@ def _listed(row, responses, more):
 
 def _pro_d3(row, cleaning, notes):
     """PRO's {"prefix": [[turns] per response], "suffix": [replies], "reward": [...]}; `sft_index` is always 0 there."""
-    prefixes, replies = _field(row, "prefix", list), _texts(row, "suffix")
+    prefixes, replies = field(row, "prefix", list), texts(row, "suffix")
     if not all(isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) for turns in prefixes):
         raise RowFault("wrong type", "'prefix' holds more than lists of text")
     if len(prefixes) != len(replies):
@@ -177,7 +183,7 @@ def _pro_d3(row, cleaning, notes):
     yield {
         "prompt": as_prompt("".join(prompts)),
         "responses": replies,
-        "rewards": _field(row, "reward", list),
+        "rewards": field(row, "reward", list),
         "subset": subset,
     }
 
@@ -188,16 +194,16 @@ def _oasst(row, cleaning, notes):
     Deleted messages are left out with all that follows them. Messages by a model ("synthetic") stay: people ranked
     them too. Replies without any rank are no list; a partly ranked set is rejected.
     """
-    yield from _ranked_replies(_field(row, "prompt", dict), "", notes)
+    yield from _ranked_replies(field(row, "prompt", dict), "", notes)
 
 
 def _ranked_replies(message, conversation, notes):
     if message.get("deleted"):
         notes["deleted messages left out"] += 1
         return
-    opener = HUMAN if _field(message, "role", str) == "prompter" else ASSISTANT
-    conversation += f"{opener} {_field(message, 'text', str).strip()}"
-    children = _field(message, "replies", list)
+    opener = HUMAN if field(message, "role", str) == "prompter" else ASSISTANT
+    conversation += f"{opener} {field(message, 'text', str).strip()}"
+    children = field(message, "replies", list)
     if not all(isinstance(child, dict) for child in children):
         raise RowFault("wrong type", "'replies' holds more than messages")
     replies = [child for child in children if child.get("role") == "assistant" and not child.get("deleted")]
@@ -209,7 +215,7 @@ def _ranked_replies(message, conversation, notes):
             "id": message.get("message_id"),
             "subset": "oasst",
             "prompt": conversation + ASSISTANT,
-            "responses": [_field(reply, "text", str) for reply in replies],
+            "responses": [field(reply, "text", str) for reply in replies],
             "ranks": ranks,
         }
     for child in children:
@@ -223,62 +229,20 @@ FORMATS = {
     "pairs": Format((PROMPTS, CHOSEN, REJECTED), _pairs),
     "lists": Format((PROMPTS, RESPONSES), _lists),
     "hh-rlhf": Format((CHOSEN, REJECTED), _hh_rlhf),
-    "two": Format((tuple(one for one, _ in TWO), tuple(other for _, other in TWO)), _two),
+    "two": Format(tuple(zip(*(columns for columns, _, _ in TWO))), _two),
 }
 
 
-# --- Columns and cells -----------------------------------------------------------------------------------------------
-
-
-def _name(row, names):
-    """The first of these names that the row has. Raises RowFault."""
-    found = next((name for name in names if name in row), None)
-    if found is None:
-        raise RowFault("missing key", f"no {names[0]!r} in {shape(row)}")
-    return found
-
-
-def _one_of(row, names):
-    """Text, or the list or object of messages that a column holds; a cell that spells messages holds them."""
-    name = _name(row, names)
-    spelled = _unpacked(row[name])
-    if isinstance(spelled, str) and re.match(r"\s*\[\s*\{\s*['\"](?:role|from|content)['\"]", spelled):
-        raise RowFault("messages that cannot be read", f"{name!r} str({len(spelled)})")
-    parts = spelled if isinstance(spelled, list) and spelled else [None]
-    are_messages = all(isinstance(part, dict) and {"role", "from"} & part.keys() for part in parts)
-    value = spelled if are_messages else row[name]
-    if isinstance(value, dict) and "full_text" in value:  # WebGPT's question
-        value = value["full_text"]
-    if not isinstance(value, (str, list, dict)):
-        raise RowFault("wrong type", f"{name!r} is {shape(value)}, expected str")
-    return value
-
-
-def _unpacked(value):
-    """The list that a cell of CSV spells, in JSON or as Python prints it; else the value as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                return read(value.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return value
-
-
-def _field(row, key, kind):
-    if key not in row:
-        raise RowFault("missing key", f"no {key!r} in {shape(row)}")
-    value = _unpacked(row[key]) if kind is list else row[key]
-    if not isinstance(value, kind):
-        raise RowFault("wrong type", f"{key!r} is {shape(value)}, expected {kind.__name__}")
-    return value
-
-
-def _texts(row, key):
-    texts = _field(row, key, list)
-    if not all(isinstance(text, str) for text in texts):
-        raise RowFault("wrong type", f"{key!r} holds more than text")
-    return texts
+def _responses(row, columns):
+    """(the row, its two responses); LMSYS 55k lists the turns of either side, which makes whole dialogues."""
+    asked, *said = [unpacked(row.get(name)) for name in ("prompt", *columns)]
+    if not all(isinstance(turns, list) and len(turns) == len(asked) for turns in (asked, *said)):
+        return row, [text_or_messages(row, (name,)) for name in columns]
+    if not asked or not all(isinstance(turn, str) for turns in (asked, *said) for turn in turns):
+        raise RowFault("wrong type", f"turns that are no text in {shape(row)}")
+    in_turn = lambda answers: [f" {turn.strip()}" for pair in zip(asked, answers) for turn in pair]
+    dialogues = [text(zip(cycle(ROLES), in_turn(answers))) for answers in said]
+    return {name: value for name, value in row.items() if name != "prompt"}, dialogues
 
 
 def _more(row, notes):
@@ -287,40 +251,16 @@ def _more(row, notes):
     if type(more.get("id")) is int:
         more["id"] = str(more["id"])
     if row.get("rewards") is not None:
-        more["rewards"] = _unpacked(row["rewards"])
+        more["rewards"] = unpacked(row["rewards"])
     for names in SCORED:
         if all(row.get(name) is not None for name in names) and "rewards" not in more:
-            scores = [_number(row[name]) for name in names]
+            scores = [number(row[name]) for name in names]
             contradict = all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]
             if contradict:
                 notes["pairs whose scores contradict what was chosen"] += 1  # the choice stands, without scores
             else:
                 more["rewards"] = scores
     return more
-
-
-def _number(value):
-    """A score as a number, also where a cell of CSV spells it, with a decimal comma or not; else the value."""
-    if isinstance(value, str):
-        text = value.strip()
-        if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):  # thousands
-            text = text.replace(",", "")
-        try:
-            return float(text.replace(",", "."))
-        except ValueError:
-            return value
-    return value
-
-
-def _whole(value):
-    """A verdict: a word, or a whole number however it is spelled."""
-    number = _number(value)
-    is_whole = isinstance(number, (int, float)) and math.isfinite(number) and number == int(number)
-    return int(number) if is_whole else value
-
-
-def _is_plain(value):
-    return value is None or isinstance(value, (str, int, float))
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
@@ -344,12 +284,13 @@ def _prompt(row):
     name = next((name for name in PROMPTS if name in row), None)
     if name is None:
         return None
-    value = _one_of(row, (name,))
+    value = text_or_messages(row, (name,))
     system = row.get("system") or row.get("system_prompt") or ""
     if isinstance(value, (list, dict)):
         value = _dialogue(value)
-    elif name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():  # Alpaca
-        value = f"{value.strip()}\n\n{row['input'].strip()}"
+    elif name in ("instruction", "question", "query"):  # Alpaca's input, Dolly's context
+        more = (row.get("input") if name == "instruction" else None) or row.get("context")
+        value = f"{value.strip()}\n\n{more.strip()}" if isinstance(more, str) and more.strip() else value
     earlier = row.get("history") if name != "history" else None  # LLaMA-Factory: [[question, answer], ...]
     if isinstance(earlier, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in earlier):
         roles = "Human", "Assistant"
@@ -387,11 +328,15 @@ def _said(value):
     turns = _turns(value)
     if turns and all(role == "Assistant" for role, _ in turns):
         return None, "\n\n".join(said.strip() for _, said in turns)
-    return _parted(text(turns))
+    return _parted(turns)
 
 
 def _parted(dialogue):
-    """(prompt, reply) of a dialogue, parted at its last "\\n\\nAssistant:"."""
+    """(prompt, reply) of a dialogue: of turns before the last, of text at its last "\\n\\nAssistant:"."""
+    if isinstance(dialogue, list) and dialogue and dialogue[-1][0] == "Assistant":  # its words may spell an opener
+        before = text(dialogue[:-1])
+        return before + ASSISTANT if before.strip() else "", dialogue[-1][1]
+    dialogue = text(dialogue) if isinstance(dialogue, list) else dialogue
     head, opener, reply = dialogue.rpartition(ASSISTANT)
     if not opener:
         raise RowFault('no "\\n\\nAssistant:" in dialogue')

@@ -154,7 +154,8 @@ def _table(path, file, encoding):
     try:
         header = lines.readline()
         delimiter = max(",;\t|", key=header.count)
-        names = next(csv.reader([header], delimiter=delimiter), [])
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        _refuse_twice(path, names)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)  # a quote that is never closed would eat all rows
         for cells in reader:
             number = reader.line_num + 1
@@ -163,7 +164,7 @@ def _table(path, file, encoding):
             elif len(cells) != len(names):
                 yield number, RowFault("uneven row", f"{len(cells)} cells under {len(names)} names")
             else:
-                yield number, {name.strip(): cell or None for name, cell in zip(names, cells)}
+                yield number, {name: cell or None for name, cell in zip(names, cells)}
     except UnicodeDecodeError as error:
         raise PreferenceError(f"{path}: is no text in {encoding}; save it as CSV in UTF-8") from error
     except csv.Error as error:
@@ -171,13 +172,38 @@ def _table(path, file, encoding):
 
 
 def _parquet(path):
-    batches = pq.ParquetFile(path).iter_batches(1000)
-    found = chain.from_iterable(batch.to_pylist() for batch in batches)
+    file = pq.ParquetFile(path)
+    _refuse_twice(path, file.schema_arrow.names)
+    found = chain.from_iterable(map(_parquet_rows, file.iter_batches(1000)))
     number = 0
     for number, row in enumerate(found, start=1):
         yield number, row
     if number == 0:
         raise PreferenceError(f"{path}: holds no row; expected {EXPECTED}")
+
+
+def _parquet_rows(batch):
+    """The rows of a batch; of those with a cell that Python cannot hold, such as a far date, the other cells."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # bytes that are no UTF-8 are a ValueError too
+        return [
+            {name: value for name, column in zip(batch.schema.names, batch.columns) for value in _held(column[i])}
+            for i in range(batch.num_rows)
+        ]
+
+
+def _held(cell):
+    try:
+        return [cell.as_py()]
+    except (ValueError, OverflowError):
+        return []
+
+
+def _refuse_twice(path, names):
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise PreferenceError(f"{path}: two columns are called {twice[0]!r}; rename or delete one")
 
 
 def shape(value):

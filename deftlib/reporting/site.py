@@ -28,7 +28,11 @@ from deftlib.reporting.records import made_with, recorded_provenance
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]  # no scripts
 INJECTED = "injected-parameters"  # papermill's tag of the cell with this run's parameters
 WIDGET = "*Here stands something to click on: open this notebook in JupyterLab (`make lab`).*"
-TEXTS = {"differences": "Differences from the paper", "related_methods": "Related methods"}  # pages that no cell wrote
+TEXTS = {  # pages that no cell wrote
+    "differences": "Differences from the paper",
+    "related_methods": "Related methods",
+    "promises": "What we promise and how it is tested",
+}
 FETCHING = {"script", "link", "img", "iframe", "embed", "object", "source", "audio", "video"}  # tags, unasked
 
 
@@ -58,8 +62,8 @@ def build(profile):
     made = recorded["artefacts"]
     titles = {"index": f"DEFT, reproduced: profile {profile.label}"}
     bodies = {"index": _overview(figures, recorded, notebooks)}
-    texts = {"differences": figures, "related_methods": store.ROOT / "notebooks"}
-    for name, folder in texts.items():
+    for name in TEXTS:
+        folder = figures if name == "differences" else store.ROOT / "notebooks"
         if (folder / f"{name}.md").is_file():
             titles[name] = TEXTS[name]
             bodies[name] = to_html((folder / f"{name}.md").read_text(encoding="utf-8"), notebooks)

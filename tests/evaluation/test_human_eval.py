@@ -165,6 +165,7 @@ def test_what_a_spreadsheet_does_to_a_file_does_no_harm(compared, tmp_path):
         (lambda sheet: pd.concat([sheet, sheet.iloc[[3]]]), "row 12: pair {3} stands in row 5 already"),
         (lambda sheet: sheet.assign(helpful=["1"] * 6 + ["3"] + ["1"] * 3), "row 8: helpful is '3'; expected 1, tie"),
         (lambda sheet: sheet.rename(columns={"helpful": "useful"}), "no column helpful among pair, harmless, useful"),
+        (lambda sheet: sheet.assign(Harmless="2"), "two columns are called 'harmless'; delete one"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_its_row(compared, tmp_path, damage, said):

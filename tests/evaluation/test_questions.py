@@ -84,6 +84,31 @@ def test_questions_that_cannot_be_used_are_one_sentence_with_file_and_line(tmp_p
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[:-1], "judge_prompts.jsonl: no judge prompt pair-math-v1-multi-turn in it"),
+        (lambda rows: [{**rows[0], "prompt_template": "Rate {reply}."}, *rows[1:]], "line 1: 'reply' in prompt_temp"),
+        (lambda rows: [{**rows[0], "prompt_template": "Rate {"}, *rows[1:]], "line 1: "),
+        (lambda rows: [*rows, {"name": "mine"}], "line 9: no 'system_prompt' of the right type"),
+    ],
+)
+def test_judge_prompts_of_ones_own_are_checked(tmp_path, project, change, said):
+    rows = [json.loads(line) for line in (mini_bench.FOLDER / "judge_prompts.jsonl").read_text().splitlines()]
+    (tmp_path / "judge_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+    with pytest.raises(questions.MTBenchError, match=re.escape(said)):
+        questions.load(written(tmp_path, asked()))
+
+
+def test_a_right_answer_has_as_many_turns_as_its_question(tmp_path, project, monkeypatch):
+    monkeypatch.setattr(questions, "official_folder", lambda: mini_bench.FOLDER)
+    (tmp_path / "reference_answer").mkdir()
+    right = {"question_id": "q1", "choices": [{"turns": ["Sea salt.", "It tastes.", "Enough."]}]}
+    (tmp_path / "reference_answer" / "mine.jsonl").write_text(json.dumps(right))
+    with pytest.raises(questions.MTBenchError, match="question q1 has no answer in reference_answer/ for each turn"):
+        questions.load(written(tmp_path, asked(category="math")))
+
+
 def fake_wheel(project, monkeypatch):
     """A wheel by the real one's name, with the mini questions in the real one's folder."""
     ((requirement, _),), inside = WHEELS["mt-bench"].digests.items(), WHEELS["mt-bench"].inside

@@ -128,6 +128,18 @@ def test_a_prompt_that_is_too_long_is_no_option_refused(words):
     assert option_refused(ValueError(words), REQUEST) is None
 
 
+def test_a_prompt_that_an_error_repeats_is_not_what_it_says():
+    words = "You asked why max_tokens is unsupported"
+    request = {**REQUEST, "messages": [{"role": "user", "content": words}]}
+    error = ValueError("Error code: 422")
+    error.body = {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": words}]}
+    assert option_refused(error, request) == "seed"
+    error.body = {"message": f"Unsupported value: 'temperature'. Request: {words}", "param": None}
+    assert option_refused(error, request) == "temperature"
+    error.body = {"message": f"I cannot read this: {words}"}
+    assert option_refused(error, request) is None
+
+
 # ---- rate limits ---------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +171,13 @@ def limit(words, **headers):
 )
 def test_how_long_to_wait_is_read_from_headers_and_words(error, seconds):
     assert wait_told(error) == (seconds if seconds is None else pytest.approx(seconds))
+
+
+def test_a_date_in_retry_after_is_seconds_from_the_servers_own_clock():
+    date = {"retry_after": "Wed, 21 Oct 2015 07:28:30 GMT", "date": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    assert wait_told(limit("slow down", **date)) == 30.0
+    assert wait_told(limit("slow down", retry_after="Wed, 21 Oct 2015 07:28:30 GMT")) == 0.0  # long ago
+    assert wait_told(limit("try again in 7s", retry_after="soon")) == 7.0
 
 
 def test_a_limit_is_waited_for_as_told_and_shown(serve, path, capsys, monkeypatch):

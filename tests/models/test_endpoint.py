@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import pytest
 import servers
@@ -252,6 +253,23 @@ def test_once_the_token_budget_is_spent_nothing_more_is_sent_in_this_run(serve, 
     assert len(server.bodies) == 3
     endpoint.SPENT.clear()  # a new run
     assert ask(at(server, token_budget=25), requests(5), path).failures == {}
+
+
+def test_tokens_that_a_server_counts_in_text_are_tokens(serve, path):
+    server = serve()
+    server.usage = {"total_tokens": "10"}
+    answers = ask(at(server, token_budget=15), requests(4), path, at_once=1)
+    assert sum(text is not None for text in answers.texts) == 2
+
+
+def test_two_that_ask_the_same_pay_once(serve, path):
+    server = serve("slow")
+    both = [threading.Thread(target=ask, args=(at(server), requests(3), path)) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert len(server.bodies) == 3
 
 
 def test_empty_answers_cost_tokens_too(serve, path):

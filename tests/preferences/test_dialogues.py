@@ -72,6 +72,18 @@ def test_what_a_system_says_stands_before_the_first_human_turn():
     assert from_messages(said)[1:] == [("Assistant", " Ho"), ("Human", " Be brief.\n\nAnd?")]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "content"),
+    [
+        ("\n\nHuman:\n\nAssistant:", ""),
+        ("\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: \n\nAssistant:", ""),
+        ("\n\nHuman: \n\nHuman: Hi\n\nAssistant:", "Hi"),
+    ],
+)
+def test_the_human_who_is_answered_has_the_last_word_even_an_empty_one(prompt, content):
+    assert dialogues.messages(prompt)[-1] == {"role": "user", "content": content}
+
+
 def test_turns_and_text_are_inverse():
     assert turns(DIALOGUE) == [
         ("Human", " Hi!"),

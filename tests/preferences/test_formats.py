@@ -6,6 +6,9 @@
 | messages | TRL implicit and explicit, UltraFeedback, Orca with a system, ShareGPT | the same prompts and replies |
 | scores | score_chosen, chosen-rating, completions with ratings, ranks | best first; equal ones in file order |
 | two columns and a verdict | PKU-SafeRLHF, AlpacaFarm, SHP, arena, WebGPT | the better first; ties counted, left out |
+| turns in lists | LMSYS 55k | the dialogue; ties counted, left out |
+| what stands beside | Alpaca's input, Dolly's context, a history, a system | a part of the prompt |
+| cells | Decimal, far dates, broken UTF-8, two columns of one name | the row without them; one sentence |
 | no preference | SFT's messages, KTO's labels | one sentence that says so |
 """
 
@@ -13,7 +16,10 @@ import csv
 import gzip
 import io
 import json
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -175,6 +181,10 @@ def one(tmp_path, *rows, **options):
          "rejected": {"from": "gpt", "value": "bad"}},
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": {"role": "assistant", "content": "good"},
          "rejected": "bad"},
+        {"context": "Hi", "chosen": "good", "rejected": "bad"},
+        {"prompt": '["Hi"]', "response_a": '["bad"]', "response_b": '["good"]', "winner_model_a": 0,
+         "winner_model_b": 1, "winner_tie": 0},
+        {"prompt": "Hi", "response_a": "bad", "response_b": "good", "winner": "b"},
     ],
 )  # fmt: skip
 def test_the_better_reply_comes_first(tmp_path, row):
@@ -213,6 +223,58 @@ def test_equal_scores_keep_the_file_order_and_ties_of_two_are_counted_and_left_o
     tie = {"conversation_a": "Human: Hi\nAssistant: a", "conversation_b": "Human: Hi\nAssistant: b", "winner": "tie"}
     assert len(one(tmp_path, tie, tie | {"winner": "model_b"}, tie | {"winner": "tie (bothbad)"})) == 1
     assert "pairs without a winner: 2" in capsys.readouterr().out
+
+
+def test_turns_that_lmsys_lists_are_a_dialogue(tmp_path, capsys):
+    row = {"prompt": '["Hi", "And?"]', "response_a": '["Ho", "good"]', "response_b": '["Ho", "bad"]'}
+    won, tied = {"winner_model_a": "1", "winner_model_b": "0"}, {"winner_model_a": "0", "winner_model_b": "0"}
+    (found,) = one(tmp_path, row | won, row | tied)
+    assert found["prompt"] == "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: And?\n\nAssistant:"
+    assert found["responses"] == [" good", " bad"] and "pairs without a winner: 1" in capsys.readouterr().out
+    other = row | won | {"response_b": '["Hm", "bad"]'}
+    with pytest.raises(PreferenceError, match="1 differing prompts"):
+        one(tmp_path, other, max_reject_share=0.0)
+    with pytest.raises(PreferenceError, match="1 wrong type"):
+        one(tmp_path, row | won | {"response_b": '["Hm", null]'}, max_reject_share=0.0)
+
+
+@pytest.mark.parametrize("name", ["instruction", "question", "query"])
+def test_a_context_belongs_to_its_question(tmp_path, name):
+    row = {name: "Who?", "context": "Ann came.", "chosen": "good", "rejected": "bad"}
+    assert one(tmp_path, row)[0]["prompt"] == "\n\nHuman: Who?\n\nAnn came.\n\nAssistant:"
+    assert one(tmp_path, row | {"context": ""})[0]["prompt"] == "\n\nHuman: Who?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_reply_in_messages_may_spell_an_opener(tmp_path, whole):
+    asked, spelled = [{"role": "user", "content": "Hi"}], "I write:\n\nAssistant: good"
+    replies = [[{"role": "assistant", "content": content}] for content in (spelled, "bad")]
+    row = dict(zip(("chosen", "rejected"), [asked + reply for reply in replies] if whole else replies))
+    (found,) = one(tmp_path, row if whole else {"prompt": asked, **row})
+    assert (found["prompt"], found["responses"][0].strip()) == ("\n\nHuman: Hi\n\nAssistant:", spelled)
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,chosen,rejected, chosen\nHi,good,bad,other\n")
+    with pytest.raises(PreferenceError, match=r"p\.csv: two columns are called 'chosen'; rename or delete one"):
+        read(tmp_path / "p.csv")
+    columns = [pa.array(["Hi"]), pa.array(["good"]), pa.array(["bad"]), pa.array(["other"])]
+    pq.write_table(pa.table(columns, names=["prompt", "chosen", "rejected", "chosen"]), tmp_path / "p.parquet")
+    with pytest.raises(PreferenceError, match=r"p\.parquet: two columns are called 'chosen'"):
+        read(tmp_path / "p.parquet")
+
+
+def test_cells_of_parquet_that_python_cannot_hold_cost_no_row_that_does_not_need_them(tmp_path):
+    far, text = pa.array([2**62, 0], pa.timestamp("s")), pa.array(["Hi", "Ho"])
+    scores = pa.array([Decimal("8.5"), Decimal("7.0")]), pa.array([Decimal("3.0"), Decimal("2.5")])
+    columns = {"prompt": text, "chosen": pa.array(["good", "fine"]), "rejected": pa.array(["bad", "worse"])}
+    columns |= {"created_at": far, "score_chosen": scores[0], "score_rejected": scores[1]}
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    lists = read(tmp_path / "p.parquet", max_reject_share=0.0)
+    assert lists["responses"][:] == [[" good", " bad"], [" fine", " worse"]] and lists[0]["rewards"] == [8.5, 3.0]
+    broken = pa.StringArray.from_buffers(2, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"Hi\xff\xfe"))
+    pq.write_table(pa.table({**columns, "prompt": broken}), tmp_path / "q.parquet")
+    assert len(read(tmp_path / "q.parquet", max_reject_share=0.6)) == 1
 
 
 def test_a_history_beside_an_instruction_is_what_was_said_before(tmp_path):

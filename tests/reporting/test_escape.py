@@ -18,7 +18,7 @@ from deftlib.reporting import claims, claims_page, escape, records, report, site
 
 HOSTILE = (
     '<img src=x onerror="alert(1)"> [click](javascript:alert(1)) <script>alert(1)</script> ![pixel](http://evil/x.png) '
-    "<https://evil> <svg/onload=alert(1)> a | b `c` $d$ &lt;b&gt;"
+    "<https://evil> www.evil.example <svg/onload=alert(1)> a | b `c` $d$ &lt;b&gt;"
 )
 OURS = {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "br", "u", "h1", "h2", "ul", "ol", "li", "a"}
 OURS |= {"code", "em"}

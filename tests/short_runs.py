@@ -1,0 +1,71 @@
+"""The mini world cut down to works of a second or two: what is killed at random moments and what golden logs repeat."""
+
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+
+from deftlib import store
+from deftlib.models.loop import read_log
+from deftlib.preferences.lists import read_lists
+from deftlib.profile import Profile
+from deftlib.training import subset, train
+
+SETTINGS = {
+    "data.train_lists": 24,
+    "data.reward_lists": 48,
+    "data.dev_lists": 24,
+    "data.test_lists": 24,
+    "grading.top": 50.0,
+    "training.batch_size": 2,
+    "training.log_steps": 1,
+    "training.save_steps": 3,
+    "training.ratio_steps": 2,
+    "training.sft.epochs": 2.0,
+    "training.dpo.epochs": 2.0,
+    "training.pro.epochs": 2.0,
+    "training.rloo.generations": 2,
+    "training.rloo.updates_per_sampling": 2,
+    "generation.batch_size": 4,
+    "generation.max_new_tokens": 16,
+    "text.reply_tokens": 32,
+}
+FAMILIES = ["sft", "deft-dpo", "deft-pro", "deft-ift", "deft-sr-dpo", "rloo"]  # one method for every trainer
+
+
+def profile(**more):
+    return Profile.load("mini", SETTINGS | more)
+
+
+def prepare():
+    """Make what the works rest on: parts, scores, level A, and the SFT policy that DPO starts from."""
+    train.fit(profile(), "sft")
+    subset.graded(profile(), "reward")
+    subset.counted(profile())
+
+
+def prompts():
+    return read_lists(subset.parts(profile()) / "test.parquet")["prompt"][:]
+
+
+def quietly(work, root):
+    """`work()` with `root` as the project's folder; what it says is appended to `said.txt` there."""
+    store.ROOT = root
+    with open(root / "said.txt", "a", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
+        work()
+
+
+def hundred_updates(method):
+    """Loss and gradient norm of each of 100 updates, [[float, float], ...]."""
+    wider = profile(**{"data.train_lists": 150, "training.save_steps": 0})
+    folder = train.fit(wider, method, updates=100)
+    return [[entry["loss"], entry["grad_norm"]] for entry in read_log(folder)]
+
+
+if __name__ == "__main__":  # python short_runs.py FOLDER THREADS
+    torch.set_num_threads(int(sys.argv[2]))
+    logs = {}
+    quietly(lambda: logs.update({method: hundred_updates(method) for method in FAMILIES}), Path(sys.argv[1]))
+    print(json.dumps(logs))

@@ -1,0 +1,58 @@
+"""Real disks that are full, or may not be written to: one sentence, earlier results stand, and then it goes on.
+
+A file system of its own, of a few megabytes, is mounted in a namespace of its own; skipped where that is not allowed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import short_runs
+
+from deftlib import store
+from deftlib.profile import one_line
+
+ALONE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+SIZES = [1, 7]  # MB: not even the parts and features fit; the model does, its first checkpoint does not
+TRAIN = [sys.executable, "-m", "deftlib", "train", "--method", "sft"]
+TRAIN += [part for key, value in short_runs.SETTINGS.items() for part in ("--set", f"{key}={one_line(value)}")]
+
+
+def is_allowed():
+    return bool(shutil.which("unshare")) and not subprocess.run([*ALONE, "true"], capture_output=True).returncode
+
+
+pytestmark = pytest.mark.skipif(not is_allowed(), reason="no namespaces here")
+
+
+def said(tmp_path, *steps):
+    """[(exit code, what was said), ...] of `deft train` after each of these commands on a disk at `$ROOT`."""
+    root = tmp_path / "root"
+    root.mkdir()
+    linked = " && ".join(f"ln -s {store.ROOT / name} $ROOT/{name}" for name in ("data", "notebooks"))
+    script = [f"mount -t tmpfs -o size=200m none $ROOT && {linked}"]
+    for number, step in enumerate(steps):
+        train = f'"$@" > {tmp_path}/{number}.txt 2>&1; echo $? > {tmp_path}/{number}.code'
+        script.append(f"{step} && {{ {train}; }}")
+    environment = {**os.environ, "ROOT": str(root), "DEFT_ROOT": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*ALONE, "\n".join(script), "sh", *TRAIN], env=environment, cwd=store.ROOT, check=True)
+    return [(int((tmp_path / f"{n}.code").read_text()), (tmp_path / f"{n}.txt").read_text()) for n in range(len(steps))]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_full_disk_is_one_sentence_and_with_more_room_it_goes_on(tmp_path, size):
+    full, more = said(tmp_path, f"mount -o remount,size={size}m $ROOT", "mount -o remount,size=200m $ROOT")
+    assert full[0] == 1 and "Traceback" not in full[1]
+    assert "the disk is full, free some space and run again; earlier results are untouched" in full[1]
+    assert full[1].splitlines()[-1].startswith("error: cannot write ")
+    assert more[0] == 0 and "policies/sft-seed0-" in more[1].splitlines()[-1]
+
+
+def test_a_disk_that_may_only_be_read_shows_what_is_there_and_refuses_the_rest_in_one_sentence(tmp_path):
+    forbid, allow = "mount -o remount,ro $ROOT", "mount -o remount,rw $ROOT"
+    refused, made, again = said(tmp_path, forbid, allow, forbid)
+    assert refused[0] == 1 and refused[1].splitlines()[-1].startswith("error: cannot write ")
+    assert "the file system is read-only" in refused[1] and "Traceback" not in refused[1]
+    assert made[0] == again[0] == 0 and made[1].splitlines()[-1] == again[1].splitlines()[-1]
