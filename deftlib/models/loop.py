@@ -144,6 +144,8 @@ def fit_or_resume(trainer, folder):
     set_seed(trainer.args.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(folder))
+    for mark in (Path(folder) / "checkpoints").glob(f"*/{COMPLETE}"):
+        mark.unlink()  # first: a kill now must not leave half a checkpoint that is called complete
     shutil.rmtree(Path(folder) / "checkpoints", ignore_errors=True)
     for leftover in ("seconds.json", "training_args.bin"):
         (Path(folder) / leftover).unlink(missing_ok=True)

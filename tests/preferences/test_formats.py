@@ -265,7 +265,7 @@ def test_columns_of_one_name_are_refused(tmp_path):
 
 
 def test_cells_of_parquet_that_python_cannot_hold_cost_no_row_that_does_not_need_them(tmp_path):
-    far, text = pa.array([2**62, 0], pa.timestamp("s")), pa.array(["Hi", "Ho"])
+    far, text = pa.array([2**60, 0], pa.timestamp("us")), pa.array(["Hi", "Ho"])
     scores = pa.array([Decimal("8.5"), Decimal("7.0")]), pa.array([Decimal("3.0"), Decimal("2.5")])
     columns = {"prompt": text, "chosen": pa.array(["good", "fine"]), "rejected": pa.array(["bad", "worse"])}
     columns |= {"created_at": far, "score_chosen": scores[0], "score_rejected": scores[1]}

@@ -63,7 +63,7 @@ def test_nothing_that_others_wrote_runs(tmp_path, name):
 
 def fields(said):
     """HTML of everything that shows a text of data, models, servers, raters or overrides."""
-    frame = pd.DataFrame({said: [said]}, index=pd.Index([said], name=said))
+    frame = pd.DataFrame({said: [said]}, index=pd.Index([said], name=f"of {said}"))
     yield site.to_html(report.as_markdown(frame), {})
     record = {"ours": [1.0, 0.5, 1.5, 9], "p": 0.01, "p_matters": None, "seeds": 3, "visible": [1.0] * 9}
     record |= {"judge": {"name": said, "accuracy": {}}, "note": said, "notebook": "04_evaluation"}
