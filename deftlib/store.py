@@ -91,6 +91,8 @@ def _publish(final, name, key, produce, module):
             return
         _refuse_edited(name, module)  # before the work too: it would be in vain
         work.mkdir(parents=True, exist_ok=True)
+        for half_written in work.rglob(".*.tmp"):  # by `write_atomic`, when it was killed
+            half_written.unlink()
         print(f"[{name}] started", flush=True)
         start = time.perf_counter() - _seconds_before(work)
         produce(work)
@@ -298,7 +300,8 @@ def _refusal(error, path):
     code = getattr(error, "errno", None)
     if code in (errno.EACCES, errno.EROFS):  # about another place, it is an input that cannot be read
         place = Path(path) if Path(path).is_dir() else Path(path).parent
-        return code if Path(error.filename or path).is_relative_to(place) else None
+        where = Path(error.filename or path)
+        return code if where.is_relative_to(place) or place.is_relative_to(where) else None
     if code in REFUSALS:
         return code
     for full in (errno.ENOSPC, errno.EDQUOT):  # safetensors and torch raise their own kinds, with the system's words

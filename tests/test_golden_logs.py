@@ -1,7 +1,8 @@
 """A hundred updates by one method of every trainer, loss by loss as they were when the fixture was written.
 
 Exactly so on a machine like that of the fixture; elsewhere, with other instructions (`ATEN_CPU_CAPABILITY=default`) or
-two threads, sums are taken in another order, and what that makes of a hundred updates stays within TOLERANCE. A change
+two threads, sums are taken in another order, and what that makes of a hundred updates stays within TOLERANCE: measured
+were 1e-4 of the mean loss at most (IFT; SFT 4e-6) for the instructions, and nothing for the threads. A change
 of the code that changes what is trained fails here, and the fixture is written anew only where it is meant:
 `DEFT_GOLDEN=write python -m pytest tests/test_golden_logs.py`.
 """
@@ -21,7 +22,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 FIXTURE = TESTS / "fixtures" / "golden_logs.json"
 IS_WRITING = os.environ.get("DEFT_GOLDEN") == "write"
-TOLERANCE = 0.02  # of the loss, relative: the largest difference that was measured is a tenth of it
+TOLERANCE = 1e-3  # of the mean loss
 
 
 def machine():
@@ -38,7 +39,7 @@ def logs(folder, threads=1, **environment):
     command = [sys.executable, str(TESTS / "short_runs.py"), str(folder), str(threads)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-500:]
     return {method: np.array(log) for method, log in json.loads(done.stdout).items()}
 
 
@@ -69,12 +70,8 @@ def test_a_hundred_updates_are_as_they_were(golden, here):
             assert close(log, expected), method
 
 
-@pytest.mark.parametrize(
-    ("threads", "environment"), [(1, {"ATEN_CPU_CAPABILITY": "default"}), (2, {})], ids=["default", "two threads"]
-)
-def test_other_instructions_and_threads_stay_near(threads, environment, here, tmp_path):
-    for method, log in logs(tmp_path, threads, **environment).items():
-        print(method, np.abs(log[:, 0] - here[method][:, 0]).max() / np.abs(here[method][:, 0]).mean())
+def test_other_instructions_and_threads_stay_near(here, tmp_path):
+    for method, log in logs(tmp_path, threads=2, ATEN_CPU_CAPABILITY="default").items():
         assert close(log, here[method]), method
 
 

@@ -93,6 +93,12 @@ def _without_clocks(value):
     return {name: _without_clocks(each) for name, each in value.items() if name not in CLOCKS}
 
 
+def _first_difference(found, expected):
+    """Of two logs the entries that part, to be read in a failure."""
+    both = zip(found, expected) if isinstance(found, list) else []
+    return next(((one, other) for one, other in both if one != other), "other content")
+
+
 # ---- works -------------------------------------------------------------------------------------------------------
 
 
@@ -174,8 +180,10 @@ def kill_and_resume(name, work, base, tmp_path, told):
             hit += [_kind(one.files)] if one.was_killed else []
         assert not run(work, root).was_killed
         found = published(root)
-        assert found.keys() == expected.keys()
-        assert not [str(path) for path in found if found[path] != expected[path]], (root / "said.txt").read_text()
+        said = (root / "said.txt").read_text()
+        assert sorted(found) == sorted(expected), f"{found.keys() ^ expected.keys()}\n{said}"
+        for path in found:
+            assert found[path] == expected[path], f"{path}: {_first_difference(found[path], expected[path])}\n{said}"
         runs += 1
     in_files = {kind: hit.count(kind) for kind in ("checkpoint", "manifest", "other file", "before any file")}
     told.append({"work": name, "runs": runs, "kills": kills, **in_files, "identical": runs})

@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, folder, label):
         self.folder, self.label = Path(folder), label
-        self.seconds_before = _read_seconds(self.folder)
+        self.seconds_before = _at_checkpoint(self.folder).get("seconds", 0.0)
         self.last_line = 0.0
         self.tokens, self.tokens_at = None, 0.0
 
@@ -87,8 +87,13 @@ class Progress(TrainerCallback):
             self.last_line = time.perf_counter()
             print(self._line(state, entry), flush=True)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # so that no mean in the log is taken over steps before and after a checkpoint
+            control.should_log = True
+
     def on_save(self, args, state, control, **kwargs):
-        write_atomic(self.folder / "seconds.json", json.dumps({"seconds": self.seconds}))
+        spent = {"seconds": self.seconds, "num_tokens": self.tokens}
+        write_atomic(self.folder / "seconds.json", json.dumps(spent))
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def _line(self, state, entry):
@@ -140,6 +145,9 @@ def fit_or_resume(trainer, folder):
     checkpoint = newest_complete(Path(folder) / "checkpoints")
     if checkpoint:
         print(f"  resuming from {checkpoint.name}", flush=True)
+        for counter in ("_total_train_tokens", "num_tokens"):  # TRL's and ours would begin at nothing again
+            if hasattr(trainer, counter):
+                setattr(trainer, counter, _at_checkpoint(folder)["num_tokens"])
     trainer.remove_callback(PrinterCallback)  # it prints every log entry; Progress prints a line every few seconds
     set_seed(trainer.args.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -217,6 +225,7 @@ def _drop_entries_after(path, step):
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def _read_seconds(folder):
+def _at_checkpoint(folder):
+    """{"seconds", "num_tokens"} that an interrupted run had spent at its newest checkpoint; {} without one."""
     path = Path(folder) / "seconds.json"
-    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+    return json.loads(path.read_text()) if path.is_file() else {}
