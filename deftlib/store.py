@@ -89,20 +89,27 @@ def _publish(final, name, key, produce, module):
     with explained(work), alone(final, f"[{name}] another process makes it: waiting"):
         if (final / MANIFEST).is_file():  # another process finished it while this one waited
             return
-        _refuse_edited(name, module)  # before the work too: it would be in vain
-        work.mkdir(parents=True, exist_ok=True)
-        for half_written in work.rglob(".*.tmp"):  # by `write_atomic`, when it was killed
-            half_written.unlink()
-        print(f"[{name}] started", flush=True)
-        start = time.perf_counter() - _seconds_before(work)
-        produce(work)
-        seconds = time.perf_counter() - start
-        _refuse_edited(name, module)
-        if not work.is_dir():
-            raise StoreError(f"{work} was deleted while it was filled: run again")
-        _write_manifest(work, {"name": name, "key": key, "seconds": round(seconds, 2), **provenance()})
+        if not (work / MANIFEST).is_file():  # written last: else the run was killed with the renaming alone to do
+            _fill(work, name, key, produce, module)
+        read_manifest(work)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
+
+
+def _fill(work, name, key, produce, module):
+    """Do the work in its temporary folder, or the rest of it, and write the manifest."""
+    _refuse_edited(name, module)  # before the work too: it would be in vain
+    work.mkdir(parents=True, exist_ok=True)
+    for half_written in work.rglob(".*.tmp"):  # by `write_atomic`, when it was killed
+        half_written.unlink()
+    print(f"[{name}] started", flush=True)
+    start = time.perf_counter() - _seconds_before(work)
+    produce(work)
+    seconds = time.perf_counter() - start
+    _refuse_edited(name, module)
+    if not work.is_dir():
+        raise StoreError(f"{work} was deleted while it was filled: run again")
+    _write_manifest(work, {"name": name, "key": key, "seconds": round(seconds, 2), **provenance()})
     print(f"[{name}] done in {seconds:.1f} s", flush=True)
 
 

@@ -337,3 +337,14 @@ def test_a_users_own_manifest_beside_a_file_is_not_ours(tmp_path):
     (tmp_path / "prefs.jsonl").write_text("{}")
     (tmp_path / store.MANIFEST).write_text("[]")
     assert len(store.digest(tmp_path / "prefs.jsonl")) == 64
+
+
+def test_a_run_killed_before_the_renaming_alone_is_finished_by_the_next(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "rename", None)  # dies there
+        with pytest.raises(TypeError):
+            publish()
+    (partial,) = root.glob("build/p/kind/*.partial")
+    assert (partial / store.MANIFEST).is_file()
+    folder = stage("kind/thing", {"number": 1}, None)  # nothing is computed again
+    assert (folder / "result.txt").read_text() == "first" and not partial.exists()

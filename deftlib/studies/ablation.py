@@ -112,12 +112,20 @@ def bottoms(profile, method, seed=0):
 
 def lengths(profile, method, seed=0):
     """{l: policy folder}: level A with `ablation.lengths` responses a list; all else is the same, q_diff included."""
-    grading = profile.training.gradings[0]
-    found = {len(responses) for responses in subset.graded(profile, grading).level_a["responses"]}
+    found = _lengths_of_level_a(profile)
     return {
         length: train.fit(profile, method, seed, lists=None if found == {length} else shorter_lists(profile, length))
-        for length in profile.ablation.lengths
+        for length in lengths_at_hand(profile)
     }
+
+
+def lengths_at_hand(profile):
+    """Those of `ablation.lengths` that every list of level A can be cut to."""
+    return [length for length in profile.ablation.lengths if length <= min(_lengths_of_level_a(profile))]
+
+
+def _lengths_of_level_a(profile):
+    return {len(responses) for responses in subset.graded(profile, profile.training.gradings[0]).level_a["responses"]}
 
 
 def share_name(profile):

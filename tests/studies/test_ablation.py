@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -299,3 +300,10 @@ def test_a_comparison_shows_the_price_beside_the_paired_difference():
 def test_outside_the_mini_world_there_is_no_share_of_unknown_sentences():
     table = ablation.compared({"a": [replies([1.0, 2.0])]}, "a", "reward")
     assert "unknown (%)" not in table and table.loc["a", "mean"] == 1.5
+
+
+def test_lists_are_cut_only_to_lengths_that_all_of_them_have(monkeypatch):
+    level_a = {"responses": [["a", "b"], ["a", "b", "c"]]}
+    monkeypatch.setattr(ablation.subset, "graded", lambda profile, grading: SimpleNamespace(level_a=level_a))
+    profile = Profile.load("mini", {"ablation.lengths": [2, 3, 4]})
+    assert ablation.lengths_at_hand(profile) == [2]
