@@ -78,7 +78,7 @@ def published(root):
             text = path.read_text(encoding="utf-8")
             entries = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
             content[path.relative_to(root)] = _without_clocks(entries)
-        elif path.is_file():
+        elif path.is_file() and path.suffix != ".lock":  # empty; nobody holds it
             content[path.relative_to(root)] = path.read_bytes()
     return content
 
