@@ -100,7 +100,7 @@ def _fill(work, name, key, produce, module):
     """Do the work in its temporary folder, or the rest of it, and write the manifest."""
     _refuse_edited(name, module)  # before the work too: it would be in vain
     work.mkdir(parents=True, exist_ok=True)
-    for half_written in work.rglob(".*.tmp"):  # by `write_atomic`, when it was killed
+    for half_written in [*work.rglob(".*.tmp"), *work.rglob(".tmp*")]:  # left by `write_atomic` and by safetensors
         half_written.unlink()
     print(f"[{name}] started", flush=True)
     start = time.perf_counter() - _seconds_before(work)

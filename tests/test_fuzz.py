@@ -159,7 +159,8 @@ def test_dialogues(text):
     found = dialogues.turns(text)
     assert dialogues.turns(dialogues.text(found)) == found or not found
     assert isinstance(dialogues.canonical(text), str)
-    assert all(message["content"].strip() for message in dialogues.messages(text))
+    *before, _ = dialogues.messages(text) or [None]  # the last human may say nothing
+    assert all(message["content"].strip() for message in before)
 
 
 @fuzz

@@ -34,9 +34,9 @@ def machine():
     return {"processor": model, "instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
-def logs(folder, threads=1, **environment):
+def logs(folder, methods=short_runs.FAMILIES, threads=1, **environment):
     """{method: [[loss, gradient norm], ...]} of a process of its own."""
-    command = [sys.executable, str(TESTS / "short_runs.py"), str(folder), str(threads)]
+    command = [sys.executable, str(TESTS / "short_runs.py"), str(folder), str(threads), *methods]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
     assert done.returncode == 0, done.stderr[-500:]
@@ -71,7 +71,7 @@ def test_a_hundred_updates_are_as_they_were(golden, here):
 
 
 def test_other_instructions_and_threads_stay_near(here, tmp_path):
-    for method, log in logs(tmp_path, threads=2, ATEN_CPU_CAPABILITY="default").items():
+    for method, log in logs(tmp_path, ["sft", "deft-ift"], threads=2, ATEN_CPU_CAPABILITY="default").items():
         assert close(log, here[method]), method
 
 

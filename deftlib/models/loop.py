@@ -26,7 +26,7 @@ from deftlib.store import write_atomic
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")  # renames to come; pins decide
 disable_progress_bars()  # headless runs print plain lines
 
-COMPLETE = "COMPLETE"  # written last: a checkpoint without it is not resumed from
+COMPLETE = "COMPLETE"  # written last, {"num_tokens": so far}: a checkpoint without it is not resumed from
 SECONDS_BETWEEN_LINES = 5.0
 BLOCK = 1024  # items between two files that an interrupted pass goes on from
 
@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, folder, label):
         self.folder, self.label = Path(folder), label
-        self.seconds_before = _at_checkpoint(self.folder).get("seconds", 0.0)
+        self.seconds_before = _read_seconds(self.folder)
         self.last_line = 0.0
         self.tokens, self.tokens_at = None, 0.0
 
@@ -92,9 +92,9 @@ class Progress(TrainerCallback):
             control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
-        spent = {"seconds": self.seconds, "num_tokens": self.tokens}
-        write_atomic(self.folder / "seconds.json", json.dumps(spent))
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        write_atomic(self.folder / "seconds.json", json.dumps({"seconds": self.seconds}))
+        mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+        write_atomic(mark, json.dumps({"num_tokens": self.tokens}))
 
     def _line(self, state, entry):
         eta = (state.max_steps - state.global_step) * self.seconds / max(state.global_step, 1)
@@ -147,7 +147,7 @@ def fit_or_resume(trainer, folder):
         print(f"  resuming from {checkpoint.name}", flush=True)
         for counter in ("_total_train_tokens", "num_tokens"):  # TRL's and ours would begin at nothing again
             if hasattr(trainer, counter):
-                setattr(trainer, counter, _at_checkpoint(folder)["num_tokens"])
+                setattr(trainer, counter, json.loads((checkpoint / COMPLETE).read_text())["num_tokens"])
     trainer.remove_callback(PrinterCallback)  # it prints every log entry; Progress prints a line every few seconds
     set_seed(trainer.args.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -225,7 +225,6 @@ def _drop_entries_after(path, step):
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def _at_checkpoint(folder):
-    """{"seconds", "num_tokens"} that an interrupted run had spent at its newest checkpoint; {} without one."""
+def _read_seconds(folder):
     path = Path(folder) / "seconds.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0

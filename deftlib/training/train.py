@@ -6,6 +6,7 @@ tokenizer, `log.jsonl` and `summary.json`. Also a command: `deft train --profile
 
 import argparse
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -222,8 +223,13 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
 
 
 def _on_policy(profile, recipe):
-    """RLOO's settings: `batch_size` prompts a micro-batch, each answered `generations` times."""
+    """RLOO's settings: `batch_size` prompts a micro-batch, each answered `generations` times.
+
+    Checkpoints stand where a sampling is used up: what was sampled is in none of them.
+    """
+    save_steps = recipe.updates_per_sampling * math.ceil(profile.training.save_steps / recipe.updates_per_sampling)
     return {
+        "save_steps": save_steps or 1,
         "per_device_train_batch_size": profile.training.batch_size * recipe.generations,
         "num_generations": recipe.generations,
         "steps_per_generation": profile.training.gradient_accumulation * recipe.updates_per_sampling,
