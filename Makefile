@@ -4,7 +4,7 @@
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
 # make fuzz               feed every reader with nonsense, 100,000 times each: an hour (make test: 250 times)
-# make kills              kill every long work at random moments, 50 times each: half an hour (make test: once)
+# make kills              kill every long work at random moments, 50 times each: a quarter of an hour (make test: once)
 # make audit              look for published weaknesses of the pinned packages, with pip-audit
 # make statistics         simulate how often the intervals hold the truth: figures/statistics/
 # make clean              remove results (kept answers of judges and ratings of people too), keep .venv and downloads

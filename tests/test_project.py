@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -142,3 +144,24 @@ def test_the_page_of_promises_names_tests_that_exist():
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
     for path in re.findall(r"\]\(\.\./(tests/[^)]+)\)", text):
         assert (ROOT / path).is_file()
+
+
+def test_two_makes_at_once_set_up_one_environment(tmp_path):
+    """With a Python that only notes what it was asked to install."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$2" in
+  venv) mkdir -p venv/bin; cp "$0" venv/bin/python;;
+  pip) echo installed >> installed; sleep 1;;
+  *) exec {sys.executable} "$@";;
+esac
+""")
+    python.chmod(0o755)
+    command = ["make", f"PYTHON={python}", "VENV=venv", "venv/.ready"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [each.communicate()[0] for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert (tmp_path / "installed").read_text() == "installed\n" and (tmp_path / "venv/.ready").exists()
+    assert sorted("setting up venv" in text for text in said) == [False, True]
