@@ -1,5 +1,5 @@
 # make paper              every table and figure of the mini profile, in minutes on a laptop
-# make paper PROFILE=smol the same with a real model and HH-RLHF (an hour); gpu, paper: see the README
+# make paper PROFILE=smol the same with a real model and HH-RLHF (three hours); gpu, paper: see the README
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
