@@ -38,9 +38,7 @@ def execute(notebook, profile):
                 cwd=str(ROOT / "notebooks"),  # as nbval and JupyterLab do
                 progress_bar=False,
                 log_output=True,
-                extra_arguments=[
-                    "--IPKernelApp.log_level=ERROR"
-                ],  # each kernel would warn that it talks over loopback TCP
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it would warn that it talks over loopback TCP
             )
         except PapermillExecutionError:
             os.replace(running, target.with_suffix(".failed.ipynb"))

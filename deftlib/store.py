@@ -132,11 +132,12 @@ def alone(path, waiting):
         lock.acquire(blocking=False)
     except Timeout:
         print(waiting, flush=True)
-    with lock:
-        try:
-            yield
-        finally:  # by its holder alone: one that gave up waiting would take it from under the others
-            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:  # by its holder alone: one that gave up waiting would take it from under the others
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

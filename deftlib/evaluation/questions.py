@@ -26,18 +26,11 @@ JUDGE_PROMPTS = [
     for kind in ("single-v1", "single-math-v1", "pair-v2", "pair-math-v1")
     for turn in ("", "-multi-turn")
 ]
-GAPS = [
-    "question",
-    "question_1",
-    "question_2",
-    "answer",
-    "answer_1",
-    "answer_2",
-    "answer_a",
-    "answer_a_1",
-    "answer_a_2",
-]
-GAPS += ["answer_b", "answer_b_1", "answer_b_2", "ref_answer_1", "ref_answer_2"]
+GAPS = {  # what `mt_bench` fills in a judge's prompt of one answer, and of a pair
+    kind: [f"{what}{turn}" for what in ("question", *answers) for turn in ("", "_1", "_2")]
+    for kind, answers in (("single", ["answer"]), ("pair", ["answer_a", "answer_b"]))
+}
+REFERENCE_GAPS = ["ref_answer_1", "ref_answer_2"]
 FILES = {  # of lm-sys/FastChat, fastchat/llm_judge/data, by sha256; the wheel's are the same bytes
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
     "mt_bench/question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
@@ -113,14 +106,16 @@ def _judge_prompts(path):
     """{name: row} of judge_prompts.jsonl: all that judging asks for, with no other gap in a template than it fills."""
     prompts = {}
     for line, row in _numbered(path):
+        name = _field(path, line, row, "name", str)
         _field(path, line, row, "system_prompt", str)
         template = _field(path, line, row, "prompt_template", str)
+        gaps = GAPS["pair" if name.startswith("pair") else "single"] + REFERENCE_GAPS * ("math" in name)
         try:
-            template.format(**dict.fromkeys(GAPS, ""))
+            template.format(**dict.fromkeys(gaps, ""))
         except (LookupError, ValueError, AttributeError) as error:
-            gaps = ", ".join(GAPS)
-            raise MTBenchError(f"{path} line {line}: {error} in prompt_template; it may hold {gaps}") from error
-        prompts[_field(path, line, row, "name", str)] = row
+            may = ", ".join(gaps)
+            raise MTBenchError(f"{path} line {line}: {error} in prompt_template; it may hold {may}") from error
+        prompts[name] = row
     missing = [name for name in JUDGE_PROMPTS if name not in prompts]
     if missing:
         raise MTBenchError(f"{path}: no judge prompt {', '.join(missing)} in it")
