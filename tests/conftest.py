@@ -73,7 +73,7 @@ def make_model():
 
 @pytest.fixture
 def make_lists():
-    """Encoded ranked lists as `train.encode_lists` returns them: prompts of 2-4 tokens, replies of 2-6 with EOS."""
+    """Encoded ranked lists as `encoding.encode_lists` returns them: prompts of 2-4 tokens, replies of 2-6 with EOS."""
 
     def make(count=8, length=2, seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@
     extend         one more reply for every list: D_3 from an endpoint or from the SFT policy
     train          fit(profile, "deft-dpo", seed): one policy, published
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own
+    encoding       ranked lists as token ids, and the rows that SFT and DPO take
     subset         split, score, grade (by the rules of `method.grading`), count: the graded subset and its q_diff
 
 Start with `train.fit`. A new method is a loss in `deftlib.method.losses` and a line in `trainers.LIST_METHODS`; SFT,

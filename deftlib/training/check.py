@@ -19,7 +19,7 @@ from deftlib.preferences.formats import FORMATS, detected
 from deftlib.preferences.lists import read
 from deftlib.preferences.sources import files
 from deftlib.profile import Profile, add_options
-from deftlib.training import train
+from deftlib.training import encoding
 
 
 def formats(source, split):
@@ -57,7 +57,7 @@ def as_trained(lists, tokenizer, text):
         f"cut: {cut:.1%} of prompts on the left to text.prompt_tokens={text.prompt_tokens}, {cut_replies:.1%} of "
         f"replies on the right to text.reply_tokens={text.reply_tokens}"
     )
-    encoded = train.encode_lists(lists, tokenizer, text)
+    encoded = encoding.encode_lists(lists, tokenizer, text)
     yield f"left to train on: {len(encoded)} of {len(lists)} lists"
     first = encoded[0]
     yield f"the first, as it is trained on:\n  prompt: {tokenizer.decode(first['prompt_ids'])!r}"

@@ -7,22 +7,19 @@ tokenizer, `log.jsonl` and `summary.json`. Also a command: `deft train --profile
 import argparse
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import TrainingArguments
 from trl import DPOConfig, RLOOConfig, SFTConfig
 
 from deftlib import store
 from deftlib.command import one_sentence
-from deftlib.method.distribution import IGNORED
 from deftlib.models import policies, rewards
 from deftlib.models.loop import PeakMemory, Progress, arguments, fit_or_resume
 from deftlib.models.said import first_turn
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, add_options
-from deftlib.training import subset, trainers
+from deftlib.training import encoding, subset, trainers
 from deftlib.training.trainers import LIST_METHODS
 
 RECIPES = {  # method: the field of the profile's Training whose epochs, learning rate and omega it takes
@@ -35,60 +32,6 @@ RECIPES = {  # method: the field of the profile's Training whose epochs, learnin
 METHODS = list(RECIPES)
 # Decision 7: these start from the SFT model on all of D, which is their reference too.
 FROM_SFT = {"dpo", "rloo", *(name for name, method in LIST_METHODS.items() if method.reference)}
-
-
-# ---- data --------------------------------------------------------------------------------------------------------
-
-
-def encode_lists(lists, tokenizer, text, rejects_path=None):
-    """Ranked lists as token ids: prompt_ids, response_ids, rewards (ranks L-1 .. 0 where rewards do not fit the order).
-
-    A list is rejected, written to `rejects_path` and counted on screen, if a response has no token left but EOS, or if
-    two differ only behind the cut.
-    """
-    rows, rejects = [], []
-    for row in lists:
-        responses = [policies.encode_reply(tokenizer, reply, text) for reply in row["responses"]]
-        fault = _fault(responses, tokenizer.eos_token_id)
-        if fault:
-            rejects.append({"id": row["id"], "reason": fault})
-            continue
-        fits = row["rewards"] is not None and subset.agrees(row)
-        rewards = row["rewards"] if fits else [float(len(responses) - 1 - i) for i in range(len(responses))]
-        prompt = policies.encode_prompt(tokenizer, row["prompt"], text)
-        rows.append({"prompt_ids": prompt, "response_ids": responses, "rewards": rewards})
-    if rejects:
-        counts = Counter(reject["reason"] for reject in rejects)
-        print(f"  rejected {len(rejects)} lists: {', '.join(f'{n} {reason}' for reason, n in counts.items())}")
-        if rejects_path:
-            store.write_atomic(rejects_path, "".join(json.dumps(reject) + "\n" for reject in rejects))
-    if not rows:
-        raise ValueError("no list is left to train on: cut to text.reply_tokens, responses vanish or become equal")
-    return Dataset.from_list(rows)
-
-
-def _fault(responses, eos):
-    """Why encoded responses cannot be trained on, or None."""
-    if any(set(response) <= {eos} for response in responses):
-        return "a response vanishes by truncation"
-    if len({tuple(response) for response in responses}) < len(responses):
-        return "two responses differ only behind the cut"
-    return None
-
-
-def _responses_of(encoded, which):
-    """The lists cut to the responses at the positions `which`, e.g. (0, -1) for the best and the worst."""
-    cut = lambda row: {name: [row[name][i] for i in which] for name in ("response_ids", "rewards")}
-    return encoded.map(cut)
-
-
-def _as_sft(row):
-    best = row["response_ids"][0]
-    return {"input_ids": row["prompt_ids"] + best, "labels": [IGNORED] * len(row["prompt_ids"]) + best}
-
-
-def _as_pair(row):
-    return {"chosen_ids": row["response_ids"][0], "rejected_ids": row["response_ids"][-1]}
 
 
 # ---- fit ---------------------------------------------------------------------------------------------------------
@@ -191,29 +134,29 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         rows = lists.select_columns(["prompt", "subset"])
         return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=rows, **common)
     kwargs |= more
-    encoded = encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
+    encoded = encoding.encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
     if base == "sft":
         args = SFTConfig(**kwargs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        rows = encoded.map(_as_sft, remove_columns=encoded.column_names)
+        rows = encoded.map(encoding.as_sft, remove_columns=encoded.column_names)
         return trainers.GuidedSFTTrainer(args=args, train_dataset=rows, **common)
     if base == "dpo":
         token_mean = training.dpo_sft_weight and training.sft_reduction == "token_mean"
         blend = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, training.dpo_sft_weight]} if token_mean else {}
         common |= {"ref_model": load_reference(), "summed_sft_weight": 0.0 if token_mean else training.dpo_sft_weight}
         args = DPOConfig(**kwargs, beta=training.beta, max_length=None, **blend)
-        rows = encoded.map(_as_pair, remove_columns=["response_ids", "rewards"])
+        rows = encoded.map(encoding.as_pair, remove_columns=["response_ids", "rewards"])
         return trainers.GuidedPairTrainer(args=args, train_dataset=rows, **common)
     common["args"] = TrainingArguments(**kwargs, remove_unused_columns=False)
     if base == "ift":
         common |= {"mixing": training.ift_mixing, "gamma": training.ift_gamma}
         common["detach_weights"] = training.ift_detach_weights
         common["data_collator"] = lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id)
-        return trainers.GuidedIntuitiveTrainer(train_dataset=_responses_of(encoded, [0]), **common)
+        return trainers.GuidedIntuitiveTrainer(train_dataset=encoding.responses_of(encoded, [0]), **common)
     list_method, prefix_ids = LIST_METHODS[base], None
     if list_method.quality:
         prefix_ids = tokenizer(training.sr_prefix, add_special_tokens=False)["input_ids"]
     return trainers.GuidedRankedListTrainer(
-        train_dataset=_responses_of(encoded, [0, -1]) if list_method.pairs else encoded,
+        train_dataset=encoding.responses_of(encoded, [0, -1]) if list_method.pairs else encoded,
         data_collator=lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id, prefix_ids),
         list_loss=lambda scores: list_method.loss(scores, training),
         scores_last_end=list_method.scores_last_end,

@@ -30,7 +30,7 @@ from deftlib.method.guidance import DistributionGuided, best_responses, outputs_
 from deftlib.method.heads import HeadError, check_head
 from deftlib.method.losses import pro_loss, rrhf_loss
 from deftlib.models.loop import arguments
-from deftlib.training import train, trainers
+from deftlib.training import encoding, trainers
 
 METHODS = ["sft", "dpo", "pro", "rrhf"]
 LENGTHS = {"sft": 2, "dpo": 2, "pro": 3, "rrhf": 3}
@@ -58,11 +58,11 @@ def make_trainer(tmp_path, tokenizer, q_diff):
             common = {"q_diff": q_diff, "omega": omega, "ratio_steps": ratio_steps} | common
         if method == "sft":
             args = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **kwargs)
-            rows = lists.map(train._as_sft, remove_columns=lists.column_names)
+            rows = lists.map(encoding.as_sft, remove_columns=lists.column_names)
             return (GUIDED[method] if guided else SFTTrainer)(args=args, train_dataset=rows, **common)
         if method == "dpo":
             args = DPOConfig(max_length=None, **kwargs)
-            rows = lists.map(train._as_pair, remove_columns=["response_ids", "rewards"])
+            rows = lists.map(encoding.as_pair, remove_columns=["response_ids", "rewards"])
             kind = GUIDED[method] if guided else PlainDPOTrainer
             return kind(args=args, train_dataset=rows, ref_model=reference, **common)
         return (trainers.GuidedRankedListTrainer if guided else trainers.RankedListTrainer)(

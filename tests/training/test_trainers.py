@@ -15,7 +15,7 @@ from trl import DPOConfig, RLOOConfig
 from deftlib.method import losses
 from deftlib.models.loop import arguments
 from deftlib.profile import Profile, Text
-from deftlib.training import train, trainers
+from deftlib.training import encoding, trainers
 
 IGNORED = -100
 TRAINING = Profile.load("mini").training
@@ -381,7 +381,7 @@ def make_pair_trainer(make_model, tokenizer, tmp_path):
             ref_model=reference,
             args=DPOConfig(**settings(tmp_path), beta=0.1, max_length=None, **more),
             processing_class=tokenizer,
-            train_dataset=rows.map(train._as_pair, remove_columns=["response_ids", "rewards"]),
+            train_dataset=rows.map(encoding.as_pair, remove_columns=["response_ids", "rewards"]),
             summed_sft_weight=weight,
             peft_config=peft_config,
         )
@@ -402,8 +402,8 @@ def test_dpo_starts_at_ln_2(make_pair_trainer, make_model, make_lists):
 
 def test_pairs_are_the_best_and_the_worst_response():
     row = {"prompt_ids": [5], "response_ids": [[6], [7], [8]], "rewards": [2.0, 1.0, 0.0]}
-    assert train._as_pair(row) == {"chosen_ids": [6], "rejected_ids": [8]}
-    assert train._as_sft(row) == {"input_ids": [5, 6], "labels": [IGNORED, 6]}
+    assert encoding.as_pair(row) == {"chosen_ids": [6], "rejected_ids": [8]}
+    assert encoding.as_sft(row) == {"input_ids": [5, 6], "labels": [IGNORED, 6]}
 
 
 def test_the_summed_sft_term_is_that_of_the_paper(make_pair_trainer, make_model, make_lists):
