@@ -12,7 +12,7 @@ from deftlib.models import policies
 from deftlib.models.loop import read_log
 from deftlib.preferences.lists import read, read_lists
 from deftlib.profile import Omega, Profile
-from deftlib.training import subset, train
+from deftlib.training import building, subset, train
 
 SETTINGS = {
     "data.train_lists": 24,
@@ -68,7 +68,8 @@ def hundred_updates(method, folder):
     tokenizer, lists = policies.load_tokenizer(start), read("mini", format="lists").select(range(200))
     counts = subset.count_lists(lists, [(1, 0, -1)] * len(lists), tokenizer, len(tokenizer), settings.text)
     subset.save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
-    train._r_train_reward = lambda profile: lambda prompts, completions, **_: [len(said) / 10 for said in completions]
+    tenths = lambda prompts, completions, **_: [len(said) / 10 for said in completions]
+    building._r_train_reward = lambda profile: tenths
     weight = Omega("ratio", 0.03, 2) if method.startswith("deft-") else 0.0
     train._train(folder, settings, method, 0, start, lists, folder / "q_diff.npz", weight, 100)
     return [[entry["loss"], entry["grad_norm"]] for entry in read_log(folder)]

@@ -26,7 +26,7 @@ from deftlib.method.guidance import DistributionGuided
 from deftlib.models import policies, rewards
 from deftlib.models.loop import PeakMemory
 from deftlib.studies import ablation
-from deftlib.training import subset, train
+from deftlib.training import building, subset, train
 
 CONTROLS = ("fewer updates", "random lists", "level A")
 STEPS = {  # what DEFT-m minus m is made of: {name: (more of it, less of it)}, runs of one method
@@ -186,7 +186,7 @@ def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
     for method in methods:
         with tempfile.TemporaryDirectory() as folder:
             given = (graded.level_a, graded.folder / "q_diff.npz")
-            trainer = train.build(Path(folder), profile, method, 0, start, *given)
+            trainer = building.build(Path(folder), profile, method, 0, start, *given)
             batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         trainer.omega, trainer.ratio_steps = 1.0, 0
         trainer.model.train()

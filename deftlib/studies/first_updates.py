@@ -22,7 +22,7 @@ from deftlib.models.loop import Progress, fit_or_resume, read_log
 from deftlib.preferences import lists as ranked_lists
 from deftlib.profile import Profile, Text, add_options
 from deftlib.reporting import report
-from deftlib.training import subset, train
+from deftlib.training import building, subset, train
 from deftlib.training.trainers import LIST_METHODS
 
 UPDATES, LISTS, LISTS_PER_UPDATE = 20, 20, 1  # as little as shows it: minutes a method on two cores
@@ -51,7 +51,7 @@ def measured(profile, method, data):
         sides = [extreme_sides(len(responses)) for responses in lists["responses"]]
         counts = subset.count_lists(lists, sides, tokenizer, vocab_size, TEXT)
         subset.save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
-        trainer = train.build(
+        trainer = building.build(
             folder, short, method, 0, start, lists, folder / "q_diff.npz", max_steps=UPDATES, logging_steps=1
         )
         before = _weights(trainer.model)

@@ -3,10 +3,11 @@
     check          what is understood of data of your own: `deft check`
     extend         one more reply for every list: D_3 from an endpoint or from the SFT policy
     train          fit(profile, "deft-dpo", seed): one policy, published
+    building       the trainer of a method, as the profile sets it up: model, reference, data, arguments
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own
     encoding       ranked lists as token ids, and the rows that SFT and DPO take
     subset         split, score, grade (by the rules of `method.grading`), count: the graded subset and its q_diff
 
 Start with `train.fit`. A new method is a loss in `deftlib.method.losses` and a line in `trainers.LIST_METHODS`; SFT,
-DPO, IFT and RLOO are branches of `train.build`.
+DPO, IFT and RLOO are branches of `building.build`.
 """

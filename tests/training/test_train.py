@@ -13,7 +13,7 @@ from datasets import Dataset
 from deftlib.models import policies
 from deftlib.profile import Omega, Profile
 from deftlib.store import ROOT
-from deftlib.training import subset, train, trainers
+from deftlib.training import building, subset, train, trainers
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def start(tmp_path, make_model, tokenizer):
 def test_the_profile_names_the_reduction_of_the_sft_term(reduction, summed, kinds, start, tmp_path):
     settings = {"training.dpo_sft_weight": 0.05, "training.sft_reduction": reduction}
     lists = Dataset.from_list(TEXTS)
-    trainer = train.build(tmp_path, Profile.load("mini", settings), "dpo", 0, start, lists, tmp_path / "q_diff.npz")
+    trainer = building.build(tmp_path, Profile.load("mini", settings), "dpo", 0, start, lists, tmp_path / "q_diff.npz")
     assert (trainer.summed_sft_weight, trainer.args.loss_type) == (summed, kinds)
     if reduction == "token_mean":
         assert trainer.args.loss_weights == [1.0, 0.05]
@@ -158,11 +158,11 @@ def test_a_plain_method_logs_r_dis_and_never_optimises_it(start, tmp_path):
 @pytest.mark.parametrize("method", [prefix + method for method in train.METHODS for prefix in ("", "deft-")])
 def test_every_method_trains_with_and_without_the_reward(method, start, tmp_path, monkeypatch):
     """Two updates through `build`, as `fit` runs them; r_train, which only RLOO asks, counts a word."""
-    monkeypatch.setattr(train, "_r_train_reward", lambda profile: counts_w3)
+    monkeypatch.setattr(building, "_r_train_reward", lambda profile: counts_w3)
     short = {"text.reply_tokens": 4, "training.rloo.generations": 2, "training.rloo.learning_rate": 1e-2}
     profile, folder = Profile.load("mini", QUICK | short), tmp_path / "run"
     q_diff, lists = start.parent / "q_diff.npz", Dataset.from_list(TEXTS)
-    trainer = train.build(folder, profile, method, 0, start, lists, q_diff, max_steps=2, save_strategy="no")
+    trainer = building.build(folder, profile, method, 0, start, lists, q_diff, max_steps=2, save_strategy="no")
     if method.startswith("deft-"):
         assert trainer.calibrate(ratio=0.1, batches=1) > 0
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -175,9 +175,9 @@ def test_every_method_trains_with_and_without_the_reward(method, start, tmp_path
 
 def test_r_train_judges_what_is_said_before_the_next_turn(monkeypatch):
     judge = FakeJudge(lambda reply: 1.0)
-    monkeypatch.setattr(train.rewards, "judge", lambda *_: judge)
-    monkeypatch.setattr(train.subset, "parts", lambda profile: None)
-    r_train = train._r_train_reward(Profile.load("mini"))
+    monkeypatch.setattr(building.rewards, "judge", lambda *_: judge)
+    monkeypatch.setattr(building.subset, "parts", lambda profile: None)
+    r_train = building._r_train_reward(Profile.load("mini"))
     said = [" Yes.\n\nHuman: and then?", " No."]
     assert r_train(["p", "q"], said, subset=["s", "s"], trainer_state=None) == [1.0, 1.0]
     assert judge.scored == [" Yes.", " No."]
@@ -196,9 +196,9 @@ def test_a_reader_adds_a_method_with_one_loss_and_one_line(start, tmp_path, monk
 
     line = trainers.ListMethod(lambda s, t: simpo_loss(s.sums, s.counts), recipe="dpo", pairs=True)
     monkeypatch.setitem(trainers.LIST_METHODS, "simpo", line)
-    monkeypatch.setitem(train.RECIPES, "simpo", line.recipe)  # both tables are made from it when deftlib is imported
+    monkeypatch.setitem(building.RECIPES, "simpo", line.recipe)  # both tables are made from it when deftlib is imported
     q_diff, lists = start.parent / "q_diff.npz", Dataset.from_list(TEXTS)
-    trainer = train.build(tmp_path / "run", Profile.load("mini", QUICK), "deft-simpo", 0, start, lists, q_diff)
+    trainer = building.build(tmp_path / "run", Profile.load("mini", QUICK), "deft-simpo", 0, start, lists, q_diff)
     trainer.omega = 1.0
     trainer.train()
     assert trainer.state.global_step == 6
