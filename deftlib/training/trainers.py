@@ -8,10 +8,12 @@ attention_mask, labels: int[N, T]` with the responses of all lists one under ano
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from trl import DPOTrainer, RLOOTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -25,6 +27,9 @@ from deftlib.models import policies
 # A TRL without this private name trains the same, only slower.
 if hasattr(trl_utils, "_use_triton"):
     trl_utils._use_triton = lambda device: True
+
+# 256 MiB in float32. torch's chunked `linear_cross_entropy` holds half as much and takes 3 to 5 times as long on a CPU.
+LOGITS_AT_ONCE = 2**26
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------------
@@ -182,13 +187,13 @@ def without_end_of_longest(input_ids, attention_mask, labels, eos_token_id):
 
 def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
     """(sums[N], counts[N]) of the responses, as `losses.sequence_log_probs`, without logits for other positions."""
-    logits = response_logits(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
-    log_probs, is_response = selected_log_probs(logits, labels)
+    hidden = response_hidden(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
+    log_probs, is_response = selected_log_probs(unwrapped, hidden, labels)
     return log_probs.sum(-1), is_response.sum(-1)
 
 
-def response_logits(model, unwrapped, labels, **inputs):
-    """Logits [R, V] at the R positions that predict a response token, in the order of the rows.
+def response_hidden(model, unwrapped, labels, **inputs):
+    """Last hidden states [R, d] at the R positions that predict a response token, in the order of the rows.
 
     labels: int[N, T]. inputs: of the model. Selecting positions before the head needed the least memory of all ways
     tried.
@@ -196,16 +201,30 @@ def response_logits(model, unwrapped, labels, **inputs):
     with outputs_of(heads.backbone(unwrapped), only_with_gradients=False) as captured:
         # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
         model(**inputs, use_cache=False, logits_to_keep=1)
+    return captured[0].last_hidden_state[:, :-1][labels[:, 1:] != IGNORED]
+
+
+def of_logits(function, unwrapped, hidden, *rows):
+    """`function(logits[R, V], *rows)` -> [R], of hidden[R, d], with no more than LOGITS_AT_ONCE logits at a time.
+
+    rows: what else the function takes for each of them, [R]. Several chunks are computed anew in the backward pass.
+    """
     weight, bias, scale = heads.output_head(unwrapped)
-    hidden = captured[0].last_hidden_state[:, :-1][labels[:, 1:] != IGNORED]
-    return scale * linear(hidden, weight, bias)
+    run = lambda hidden, *rows: function(scale * linear(hidden, weight, bias), *rows)
+    at_once = max(LOGITS_AT_ONCE // len(weight), 1)
+    if len(hidden) <= at_once:
+        return run(hidden, *rows)
+    chunks = zip(hidden.split(at_once), *(values.split(at_once) for values in rows))
+    kept = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
+    return torch.cat([kept(*chunk) for chunk in chunks])
 
 
-def selected_log_probs(logits, labels):
-    """(log_probs[N, T - 1], is_response[N, T - 1]), as `losses.token_log_probs`, from the logits of response tokens."""
+def selected_log_probs(unwrapped, hidden, labels):
+    """(log_probs[N, T - 1], is_response[N, T - 1]), as `losses.token_log_probs`, from `response_hidden`."""
     targets = labels[:, 1:]
     is_response = targets != IGNORED
-    log_probs = -cross_entropy(logits.float(), targets[is_response], reduction="none")
+    token = lambda logits, target: -cross_entropy(logits.float(), target, reduction="none")
+    log_probs = of_logits(token, unwrapped, hidden, targets[is_response])
     return log_probs.new_zeros(targets.shape).masked_scatter(is_response, log_probs), is_response
 
 
@@ -256,12 +275,13 @@ class IntuitiveTrainer(RankedListTrainer):
         ids, labels, mask = inputs["input_ids"], inputs["labels"], {"attention_mask": inputs["attention_mask"]}
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad():
-            first = response_logits(model, unwrapped, labels, input_ids=ids, **mask)
-            predicted = ids.new_zeros(labels[:, 1:].shape).masked_scatter(labels[:, 1:] != IGNORED, first.argmax(-1))
+            hidden = response_hidden(model, unwrapped, labels, input_ids=ids, **mask)
+            first = of_logits(lambda logits: logits.argmax(-1), unwrapped, hidden)
+            predicted = ids.new_zeros(labels[:, 1:].shape).masked_scatter(labels[:, 1:] != IGNORED, first)
             own = self.frozen_embedding(losses.greedy_inputs(ids, labels, predicted))
         mixed = losses.intuitive_embeddings(unwrapped.get_input_embeddings()(ids), own, self.mixing)
-        second = response_logits(model, unwrapped, labels, inputs_embeds=mixed, **mask)
-        log_probs, is_response = selected_log_probs(second, labels)
+        hidden = response_hidden(model, unwrapped, labels, inputs_embeds=mixed, **mask)
+        log_probs, is_response = selected_log_probs(unwrapped, hidden, labels)
         loss = losses.ift_loss(log_probs, is_response, self.gamma, self.detach_weights)
         return loss, {"sums": log_probs.sum(-1), "counts": is_response.sum(-1)}
 

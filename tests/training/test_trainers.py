@@ -131,8 +131,12 @@ def adapted(make_model):
     return model
 
 
+@pytest.mark.parametrize("at_once", [trainers.LOGITS_AT_ONCE, 7 * SMALL["vocab_size"]])
 @pytest.mark.parametrize("kind", ["tied", "untied", "bias", "scaled", "lora"])
-def test_selected_positions_give_the_log_probabilities_of_full_logits(kind, make_model, make_lists):
+def test_selected_positions_give_the_log_probabilities_of_full_logits(
+    kind, at_once, make_model, make_lists, monkeypatch
+):
+    monkeypatch.setattr(trainers, "LOGITS_AT_ONCE", at_once)  # as they are, or seven positions a chunk
     torch.manual_seed(0)
     model = {
         "tied": lambda: make_model(),
@@ -151,6 +155,17 @@ def test_selected_positions_give_the_log_probabilities_of_full_logits(kind, make
     weight = torch.rand(expected.shape)
     found, wanted = (gradients((values.view(3, 3) * weight).sum(), model) for values in (sums, expected))
     assert torch.norm(found - wanted) < 1e-5 * torch.norm(wanted)
+
+
+def test_a_chunk_of_logits_is_computed_anew_and_none_is_held_for_the_backward_pass(make_model, monkeypatch):
+    monkeypatch.setattr(trainers, "LOGITS_AT_ONCE", 7 * SMALL["vocab_size"])
+    hidden, chunks, held = torch.randn(16, SMALL["hidden_size"], requires_grad=True), [], []
+    largest = lambda logits: chunks.append(len(logits)) or logits.logsumexp(-1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: held.append(kept.shape) or kept, lambda kept: kept):
+        total = trainers.of_logits(largest, make_model(), hidden).sum()
+    assert chunks == [7, 7, 2] and not any(SMALL["vocab_size"] in shape[1:] for shape in held)
+    total.backward()
+    assert sorted(chunks) == [2, 2, 7, 7, 7, 7] and hidden.grad.abs().sum() > 0
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------------
