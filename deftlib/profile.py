@@ -22,6 +22,7 @@ from deftlib.store import ROOT
 from deftlib.typed import ProfileError
 
 FOLDER = ROOT / "notebooks" / "profiles"
+OF_THE_MACHINE = ("jobs", "cluster", "launch")  # they say who computes: no result is another one by them
 NAMES = ("mini", "hh-rlhf", "oasst", "policy", "words")  # sources by name, whatever stands in the user's folder
 
 
@@ -224,6 +225,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One large run on several GPUs: `training.launch`. Part of no result's key, as the global batch stays the same."""
+
+    processes: int = 1  # one a GPU
+    config: Literal["ddp", "fsdp2"] = "ddp"  # each holds the whole model, or a part of it
+    nodes: int = 1  # machines; of a Slurm allocation
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a profile's YAML file holds."""
 
@@ -242,6 +252,9 @@ class Settings:
     ablation: Ablation = field(default_factory=Ablation)
     comparison: Comparison = field(default_factory=Comparison)
     filtering: Filtering = field(default_factory=Filtering)
+    jobs: int | Literal["auto"] = 1  # runs that are made at a time: `deftlib.jobs`
+    cluster: Literal["", "ray"] = ""  # by this machine, or by a Ray cluster
+    launch: Launch = field(default_factory=Launch)
 
     def digest(self, *sections):
         """12 hex digits over the named sections (all, if none): part of the key of a published result."""
@@ -359,11 +372,13 @@ def _without_credentials(tree):
 def _label(settings, changes):
     """`mini`, and after overrides `mini,grading.top=10.0,5d0c7a9e`: the name of a folder for this setting alone.
 
-    It says what differs, as far as 80 characters reach; the digest is over all settings.
+    It says what differs, as far as 80 characters reach; the digest is over all settings that can change a result.
     """
-    said = ",".join(f"{key}={one_line(value).rpartition('/')[2]}" for key, value in changes.items())
+    told = {key: value for key, value in changes.items() if key.partition(".")[0] not in OF_THE_MACHINE}
+    said = ",".join(f"{key}={one_line(value).rpartition('/')[2]}" for key, value in told.items())
     readable = re.sub(r"[^\w.,=+-]+", "-", said)[:80]
-    return f"{settings.name},{readable},{settings.digest()[:8]}" if changes else settings.name
+    sections = [f.name for f in dataclasses.fields(Settings) if f.name not in OF_THE_MACHINE]
+    return f"{settings.name},{readable},{settings.digest(*sections)[:8]}" if told else settings.name
 
 
 def _digest(tree):

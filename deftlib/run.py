@@ -23,7 +23,7 @@ from deftlib.store import ROOT, alone, build_dir, explained
 def execute(notebook, profile):
     """Path of the executed copy. Raises PapermillExecutionError if a cell fails."""
     notebook = Path(notebook).resolve()
-    variant = profile.label if profile.changes else ""  # make looks at the plain copies
+    variant = profile.label if profile.label != profile.name else ""  # make looks at the plain copies
     target = build_dir(profile.name) / "notebooks" / variant / notebook.name
     running = target.with_suffix(".running.ipynb")
     with explained(target):

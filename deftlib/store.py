@@ -11,6 +11,7 @@ import codecs
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -40,11 +41,20 @@ REFUSALS = {
     errno.EROFS: "the file system is read-only",
 }
 TORCH_SAVE_CUT_SHORT = ("PytorchStreamWriter", "] . unexpected pos ")  # it keeps the system's words to itself
+_left = math.inf  # results that this process may still make: `at_most`
 USED = {}  # {label: {name: folder}} of every stage this process asked for: what its tables and figures rest on
 
 
 class StoreError(RuntimeError):
     """A result could not be written or is not what its manifest says."""
+
+
+class Unpublished(Exception):
+    """A result that is asked for is not there, and this process is not to make it: see `at_most`."""
+
+    def __init__(self, folder):
+        super().__init__(f"{folder} is not published yet")
+        self.folder = folder
 
 
 def build_dir(profile_name):
@@ -70,17 +80,42 @@ def stage(profile, name, key, produce, module):
     Raises StoreError when publication fails, or would publish under the name of code that was edited since it was
     imported; whatever was published before stays.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise StoreError("results are published by one process: run without accelerate launch or torchrun")
     key = {**key, **made_by(module)}
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile.name) / f"{name}-{short}"
     if (final / MANIFEST).is_file():
         read_manifest(final)  # a result that was cut or lost a file is refused, not reused
     else:
-        _publish(final, name, key, produce, module)
+        _made_here(final, name, key, produce, module)
     USED.setdefault(profile.label, {})[str(final.relative_to(build_dir(profile.name)))] = final
     return final
+
+
+@contextmanager
+def at_most(count):
+    """Inside, this process makes `count` results, with what they ask for themselves; one more raises Unpublished."""
+    global _left
+    before, _left = _left, count
+    try:
+        yield
+    finally:
+        _left = before
+
+
+def _made_here(*publication):
+    global _left
+    final = publication[0]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise StoreError(
+            f"{final} is to be made, and results are published by one process: run without accelerate launch or "
+            "torchrun, which the profile's `launch` starts by itself"
+        )
+    if not _left:
+        raise Unpublished(final)
+    left = _left - 1
+    with at_most(math.inf):  # what it asks for is part of it
+        _publish(*publication)
+    _left = left
 
 
 def _publish(final, name, key, produce, module):

@@ -8,6 +8,7 @@ flat(tree)                           # {"grading.top": 10}
 
 import dataclasses
 import difflib
+import types
 import typing
 from typing import Literal
 
@@ -78,6 +79,10 @@ def _typed(kind, value, where):
         if value not in typing.get_args(kind):
             raise ProfileError(f"{where} is {value!r}: {nearest(str(value), list(typing.get_args(kind)))}")
         return value
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # a number, or a word that stands for one
+        words = next(part for part in typing.get_args(kind) if typing.get_origin(part) is Literal)
+        (number,) = set(typing.get_args(kind)) - {words}
+        return _typed(words if isinstance(value, str) else number, value, where)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

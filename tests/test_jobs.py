@@ -1,0 +1,231 @@
+"""Many runs at once: the same results as one by one, each made once, whatever fails or dies on the way."""
+
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from deftlib import jobs, store
+from deftlib.jobs import JobError, Place
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """An empty project folder to publish into, here and in the workers."""
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setenv("DEFT_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def profile(many, **more):
+    return SimpleNamespace(name="p", label="p", jobs=many, cluster="", **more)
+
+
+def of(name, number=0, rests_on=None, says=None, fault=None, seconds=0.0):
+    """A call that publishes one number, after that of another call, and may fail on the way. Returns the number."""
+    below = of(**rests_on) if rests_on else 0
+
+    def produce(folder):
+        with open(store.ROOT / "made.txt", "a") as file:
+            file.write(f"{name} {os.getpid()} {time.time()}\n")
+        if says:
+            print(says)
+        time.sleep(seconds)
+        _fail(fault, store.ROOT / f"{name}.failed")
+        (folder / "number.json").write_text(json.dumps(number + below))
+
+    folder = store.stage(profile(1), f"numbers/{name}", {"number": number + below}, produce, "method.grading")
+    return json.loads((folder / "number.json").read_text())
+
+
+def _fail(fault, mark):
+    once = not mark.exists()
+    mark.touch()
+    if fault == "value":
+        raise ValueError("seven is no even number")
+    if fault == "memory" or (fault == "memory once" and once):
+        raise MemoryError("too large")
+    if fault == "death" or (fault == "death once" and once):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def made():
+    """[(name, process, time)] in the order they were made."""
+    return [line.split() for line in (store.ROOT / "made.txt").read_text().splitlines()]
+
+
+def calls(**of_each):
+    return {name: partial(of, name, **options) for name, options in of_each.items()}
+
+
+TREE = {
+    "sft": {"number": 1},
+    **{f"dpo{i}": {"number": 10 * i, "rests_on": {"name": "sft", "number": 1}} for i in range(1, 5)},
+}
+
+
+def test_two_workers_find_what_one_finds_and_make_each_result_once():
+    expected = {"sft": 1, "dpo1": 11, "dpo2": 21, "dpo3": 31, "dpo4": 41}
+    assert jobs.results(profile(2), calls(**TREE)) == expected
+    names = [name for name, _, _ in made()]
+    assert sorted(names) == sorted(TREE) and names[0] == "sft", "the four waited for what they rest on"
+    processes = {process for _, process, _ in made()}
+    assert len(processes) == 2 and str(os.getpid()) not in processes
+    assert jobs.results(profile(2), calls(**TREE)) == expected and len(made()) == 5, "nothing is made anew"
+
+
+def test_one_worker_is_this_process():
+    assert jobs.results(profile(1), calls(a={"number": 1}, b={"number": 2})) == {"a": 1, "b": 2}
+    assert {int(process) for _, process, _ in made()} == {os.getpid()}
+
+
+def test_results_are_told_as_used_by_the_process_that_asked():
+    jobs.results(profile(2), calls(a={"number": 1}, b={"number": 2}))
+    assert {name.rpartition("-")[0] for name in store.USED["p"]} >= {"numbers/a", "numbers/b"}
+
+
+def test_what_workers_say_is_shown_behind_their_number(capfd):
+    jobs.results(profile(2), calls(a={"says": "half way"}, b={"number": 1, "says": "half way"}))
+    lines = capfd.readouterr().out.splitlines()
+    assert "  2 of 2 runs are not made yet: 2 workers, " in lines[0]
+    assert {"  1| half way", "  2| half way"} <= set(lines)
+
+
+@pytest.mark.parametrize("many", [2, 3])
+def test_the_first_error_is_told_with_its_run_when_the_others_are_done(many):
+    bad = {"number": 7, "fault": "value"}
+    of_each = {"good": {"number": 1, "seconds": 0.5}, "bad": bad, "other": {"number": 2}}
+    of_each["on bad"] = {"number": 1, "rests_on": {"name": "bad", **bad}}
+    with pytest.raises(JobError, match=r"^2 of 4 runs failed, the others stand; first bad: seven is no even number$") as e:
+        jobs.results(profile(many), calls(**of_each))
+    assert isinstance(e.value.__cause__, ValueError)
+    assert [name for name, _, _ in made()].count("bad") == 1, "what rests on it does not try again"
+    assert of("good", 1) == 1 and of("other", 2) == 2 and len(made()) == 3
+
+
+@pytest.mark.parametrize("fault", ["memory once", "death once"])
+def test_what_does_not_fit_is_tried_alone(fault, capfd):
+    slow = {"number": 2, "seconds": 1.0}
+    found = jobs.results(profile(2), calls(large={"number": 1, "fault": fault}, slow=slow, small={"number": 3}))
+    assert found == {"large": 1, "slow": 2, "small": 3}
+    times = {name: float(time) for name, _, time in made()}  # of the second attempt
+    assert times["large"] >= times["slow"] + 1.0, "it waited until no other was at work"
+    assert "large did not get through" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("fault", "said"), [("memory", "too large"), ("death", r"its worker died \(exit code -9\)")])
+def test_what_does_not_fit_alone_either_is_an_error(fault, said):
+    with pytest.raises(JobError, match=said):
+        jobs.results(profile(2), calls(large={"number": 1, "fault": fault}, small={"number": 2}))
+    assert [name for name, _, _ in made()].count("large") == 2
+    assert of("small", 2) == 2 and len(made()) == 3
+
+
+def test_an_unknown_call_is_told_like_any_other():
+    def refuse():
+        raise ValueError("no such method")
+
+    with pytest.raises(JobError, match="1 of 2 runs failed, the others stand; first bad: no such method"):
+        jobs.results(profile(2), {"bad": refuse, **calls(good={"number": 1})})
+    assert of("good", 1) == 1 and len(made()) == 1
+
+
+# ---- a Ray cluster -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(root, monkeypatch):
+    """A Ray cluster of this machine with two cores. Its workers find the functions of this file."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"DEFT_ROOT": str(root), **path}})
+    yield ray
+    ray.shutdown()
+
+
+def test_tasks_of_a_ray_cluster_find_what_one_process_finds(cluster):
+    on_ray = profile(2)
+    on_ray.cluster = "ray"
+    expected = {"sft": 1, "dpo1": 11, "dpo2": 21, "dpo3": 31, "dpo4": 41}
+    assert jobs.results(on_ray, calls(**TREE)) == expected
+    assert sorted(name for name, _, _ in made()) == sorted(TREE)
+    assert str(os.getpid()) not in {process for _, process, _ in made()}
+
+    of_each = {"large": {"number": 1, "fault": "death once"}, "slow": {"number": 2, "seconds": 1.0}}
+    assert jobs.results(on_ray, calls(**of_each)) == {"large": 1, "slow": 2}, "its worker died, and another made it"
+    bad = {"number": 7, "fault": "value"}
+    with pytest.raises(JobError, match="1 of 2 runs failed, the others stand; first bad: seven is no even number"):
+        jobs.results(on_ray, calls(bad=bad, good={"number": 8}))
+    with pytest.raises(JobError, match="first lost: its worker died"):
+        jobs.results(on_ray, calls(lost={"number": 1, "fault": "death"}, small={"number": 9}))
+    assert of("good", 8) == 8 and of("small", 9) == 9
+
+
+def test_without_ray_a_cluster_is_refused_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    on_ray = profile(2)
+    on_ray.cluster = "ray"
+    with pytest.raises(JobError, match=r"pip install 'deftlib\[ray\]'"):
+        jobs.results(on_ray, calls(a={}, b={}))
+
+
+# ---- places --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets how many cores and GPUs there are."""
+
+    def of(cores, gpus=0, visible=None):
+        import torch
+
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", raising=False
+        )
+
+    return of
+
+
+def test_auto_is_today_on_a_laptop_and_a_share_of_many_cores(machine):
+    machine(cores=2)
+    assert jobs.places(profile("auto")) == [Place(None, 2)]
+    machine(cores=16)
+    assert jobs.places(profile("auto")) == 4 * [Place(None, 4)]
+    assert jobs.places(profile(2)) == 2 * [Place(None, 8)]
+
+
+def test_workers_are_dealt_over_the_visible_gpus(machine):
+    machine(cores=16, gpus=2)
+    assert [place.gpu for place in jobs.places(profile(4))] == ["0", "1", "0", "1"]
+    machine(cores=16, gpus=2, visible="5,7")
+    assert [place.gpu for place in jobs.places(profile(3))] == ["5", "7", "5"]
+    assert {place.threads for place in jobs.places(profile(3))} == {5}
+
+
+def gpu_and_threads():
+    """What a worker finds in its environment, published."""
+    import torch
+
+    def produce(folder):
+        seen = [os.environ.get("CUDA_VISIBLE_DEVICES"), torch.get_num_threads()]
+        (folder / "seen.json").write_text(json.dumps(seen))
+        time.sleep(0.5)
+
+    return store.stage(profile(1), "seen/by-worker", {}, produce, "method.grading")
+
+
+def test_a_worker_sees_its_own_gpu_and_threads(machine, root):
+    machine(cores=4, gpus=2)
+    jobs.results(profile(2), {"a": gpu_and_threads, "b": partial(of, "b")})
+    (seen,) = root.glob("build/p/seen/*/seen.json")
+    assert json.loads(seen.read_text()) in (["0", 2], ["1", 2])
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
