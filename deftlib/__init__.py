@@ -13,6 +13,9 @@ down this list only, and down the list of files that each room opens with:
     preferences    ranked lists: read, check, reject, split; the mini world
     method         the paper's equations alone, with torch and numpy and nothing else
     run            one notebook, executed headless
+    jobs           many runs at once: which is next, and who works
+    ray_workers    workers of a Ray cluster
+    workers        worker processes of this machine, over its GPUs and cores
     profile        Profile: one typed record of every size, model and data source
     command        one sentence where a command goes wrong
     credentials    URLs as they are shown, and as they were given

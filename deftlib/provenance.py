@@ -23,7 +23,9 @@ import deftlib
 
 PACKAGE = Path(deftlib.__file__).resolve().parent
 # They carry results and settings, and change no number.
-CARRIERS = {f"deftlib.{name}" for name in ("jobs", "jobs_on_ray", "store", "provenance", "profile", "typed")} | {"deftlib"}
+CARRIERS = {"deftlib"} | {
+    f"deftlib.{name}" for name in ("jobs", "ray_workers", "workers", "store", "provenance", "profile", "typed")
+}
 PACKAGES = {  # that can change a number, each with those that do part of its work
     "torch": [],
     "transformers": ["tokenizers", "accelerate", "torch"],

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from deftlib import jobs, store
-from deftlib.jobs import JobError, Place
+from deftlib.workers import JobError, Place
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,9 @@ def test_the_first_error_is_told_with_its_run_when_the_others_are_done(many):
     bad = {"number": 7, "fault": "value"}
     of_each = {"good": {"number": 1, "seconds": 0.5}, "bad": bad, "other": {"number": 2}}
     of_each["on bad"] = {"number": 1, "rests_on": {"name": "bad", **bad}}
-    with pytest.raises(JobError, match=r"^2 of 4 runs failed, the others stand; first bad: seven is no even number$") as e:
+    with pytest.raises(
+        JobError, match=r"^2 of 4 runs failed, the others stand; first bad: seven is no even number$"
+    ) as e:
         jobs.results(profile(many), calls(**of_each))
     assert isinstance(e.value.__cause__, ValueError)
     assert [name for name, _, _ in made()].count("bad") == 1, "what rests on it does not try again"

@@ -4,10 +4,12 @@ Each (policy, prompts, settings) is a published Parquet file of replies with the
 likelihood against the reference, length and, in the mini world, the true reward. Notebooks average them.
 """
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
-from deftlib import store
+from deftlib import jobs, store
 from deftlib.evaluation import metrics
 from deftlib.intervals import mean_interval, paired_interval
 from deftlib.models import generation, policies
@@ -58,6 +60,17 @@ def replies(profile, policy, parts, r_eval, seed=0):
 
     name = f"replies/{generation.name_of(policy)}" + ("" if f"seed{seed}" in str(policy) else f"-seed{seed}")
     return pd.read_parquet(store.stage(profile, name, key, produce, "evaluation.evaluate") / "replies.parquet")
+
+
+def replies_of(profile, runs, parts, r_eval, seeds):
+    """{method: [`replies` of each policy]} of {method: [policy of each seed]}, `profile.jobs` policies at a time.
+
+    A policy without seeds, the start model, stands once.
+    """
+    policy_of = {(name, seed): policy for name, several in runs.items() for policy, seed in zip(several, seeds)}
+    of_seed = lambda run: partial(replies, profile, policy_of[run], parts, r_eval, run[1])
+    frames = jobs.results(profile, {run: of_seed(run) for run in policy_of})
+    return {name: [frames[run] for run in policy_of if run[0] == name] for name in runs}
 
 
 def divergence(profile, policy, reference, frame):

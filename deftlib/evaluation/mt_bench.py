@@ -15,13 +15,14 @@ import argparse
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from deftlib import store
+from deftlib import jobs, store
 from deftlib.command import one_sentence
 from deftlib.evaluation import mini_bench, questions
 from deftlib.evaluation.questions import OTHER, TEMPERATURES, WITH_REFERENCE, MTBenchError, lines
@@ -39,11 +40,12 @@ NO_JUDGE = "no judge configured"
 
 def all_answers(profile, bench):
     """{name: `answers`} of the start policy, and of `mt_bench.methods` under each of `mt_bench.seeds`."""
-    seeds = profile.mt_bench.seeds
-    said = {"start": answers(profile, bench, start_policy(profile), seeds[0])}
-    for method in profile.mt_bench.methods:
-        said[method] = pd.concat([answers(profile, bench, train.fit(profile, method, seed), seed) for seed in seeds])
-    return said
+    methods, seeds = profile.mt_bench.methods, profile.mt_bench.seeds
+    runs = train.fit_all(profile, {(m, s): {"method": m, "seed": s} for m in methods for s in seeds})
+    asked = {("start", seeds[0]): start_policy(profile)} | runs
+    calls = {run: partial(answers, profile, bench, policy, run[1]) for run, policy in asked.items()}
+    said = jobs.results(profile, calls)
+    return {m: pd.concat([said[m, s] for s in seeds if (m, s) in said]) for m in ("start", *methods)}
 
 
 def answers(profile, bench, policy, seed=0):

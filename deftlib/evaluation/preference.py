@@ -6,11 +6,13 @@ A policy that learned from preferences should have raised y_1 more than y_l: its
 held-out human pairs on which its log-ratio to the start policy ranks y_1 above y_l.
 """
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
 
-from deftlib import store
+from deftlib import jobs, store
 from deftlib.models import generation, policies
 from deftlib.models.loop import length_buckets, with_progress
 from deftlib.models.reward_heads import AXES, axis_of
@@ -37,6 +39,13 @@ def right(profile, folders, parts, measure=LOG_RATIO):
         rows.append((np.sign(gap) + 1) / 2)
     values, axes = np.stack(rows), start["subset"].map(axis_of).to_numpy()
     return {axis: values[:, axes == axis] for axis in AXES if axis in axes}
+
+
+def right_of(profile, runs, parts, measure=LOG_RATIO):
+    """{method: `right`} of {method: [policy of each seed]}, `profile.jobs` policies at a time."""
+    asked = [policies.start_policy(profile), *(policy for folders in runs.values() for policy in folders)]
+    jobs.results(profile, {str(policy): partial(likelihoods, profile, policy, parts) for policy in asked})
+    return {method: right(profile, folders, parts, measure) for method, folders in runs.items()}
 
 
 def likelihoods(profile, policy, parts):

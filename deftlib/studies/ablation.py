@@ -1,10 +1,11 @@
 """The runs behind Table 3 and the sweeps (section 4.4 and beyond): which lists, which omega, which grading.
 
-    controls(profile, "deft-dpo", seed=0)["random A"]        # a policy folder, as `train.fit` returns it
-    random_lists(profile, draw=0)                            # the Parquet file it was trained on
+    runs = trained(profile, controls, ["deft-dpo"], seeds=[0, 1, 2])
+    runs["deft-dpo", "random A"]                  # a policy folder for each seed
+    random_lists(profile, draw=0)                 # the Parquet file that the first was trained on
 
-Every function trains what is not there yet. A run that two comparisons share is one folder, and where its settings are
-the profile's own it is the one of notebook 03.
+A run is what `train.fit` is to be asked for beside the profile, or with a "profile" of its own. A run that two
+comparisons share is one folder, and where its settings are the profile's own it is the one of notebook 03.
 """
 
 import dataclasses
@@ -22,11 +23,19 @@ from deftlib.training import subset, train
 PRINTED_OMEGA = {"deft-pro": 2.5e-5, "deft-dpo": 2.5e-6}  # A.1
 
 
+def trained(profile, study, methods, seeds):
+    """{(method, label): [policy folder of each seed]} of one of the functions below, `profile.jobs` runs at a time."""
+    runs = {(m, s): study(profile, m, s) for m in methods for s in seeds}
+    made = train.fit_all(profile, {(m, label, s): run for (m, s), of in runs.items() for label, run in of.items()})
+    labels = dict.fromkeys((m, label) for m, label, _ in made)
+    return {(m, label): [made[m, label, seed] for seed in seeds] for m, label in labels}
+
+
 # ---- Table 3 -----------------------------------------------------------------------------------------------------
 
 
 def controls(profile, method, seed=0):
-    """{variant: policy folder} of one `deft-` method: Table 3's two ablations, and what they must be read against.
+    """{variant: run} of one `deft-` method: Table 3's two ablations, and what they must be read against.
 
     "without D_A" trains on all lists, "without R_dis" at omega 0; "without both" is the plain method. The two "random
     A" have as many lists as level A, drawn anew for each seed: only against them does grading stand apart from data
@@ -35,22 +44,22 @@ def controls(profile, method, seed=0):
     (mini alone) is what a perfect grading would keep.
     All variants of a `deft-` method share one q_diff, the profile's.
     """
-    random_a = random_lists(profile, draw=seed)
+    own, random_a = {"method": method, "seed": seed}, random_lists(profile, draw=seed)
     runs = {
-        "DEFT": train.fit(profile, method, seed),
-        "without D_A": train.fit(profile, method, seed, lists=subset.scored(profile) / "lists.parquet"),
-        "without R_dis": train.fit(profile, method, seed, omega=0.0),
-        "without both": train.fit(profile, method.removeprefix("deft-"), seed),
-        "random A": train.fit(profile, method, seed, lists=random_a),
-        "random A without R_dis": train.fit(profile, method, seed, omega=0.0, lists=random_a),
+        "DEFT": own,
+        "without D_A": own | {"lists": subset.scored(profile) / "lists.parquet"},
+        "without R_dis": own | {"omega": 0.0},
+        "without both": own | {"method": method.removeprefix("deft-")},
+        "random A": own | {"lists": random_a},
+        "random A without R_dis": own | {"omega": 0.0, "lists": random_a},
     }
     if profile.training.gradings[0] == "reward":
-        runs["agreement filter"] = train.fit(profile, method, seed, lists=agreement_lists(profile))
+        runs["agreement filter"] = own | {"lists": agreement_lists(profile)}
         if profile.data.rank_by == "reward":
             given = subset.graded(by_annotators(profile), "reward").folder / "level_a.parquet"
-            runs["annotation order"] = train.fit(profile, method, seed, lists=given)
+            runs["annotation order"] = own | {"lists": given}
     if profile.data.source == "mini":
-        runs["truly best A"] = train.fit(profile, method, seed, lists=truly_best_lists(profile))
+        runs["truly best A"] = own | {"lists": truly_best_lists(profile)}
     return runs
 
 
@@ -58,7 +67,7 @@ def controls(profile, method, seed=0):
 
 
 def omegas(profile, method, seed=0):
-    """{label: policy folder}: level A without R_dis, in the two printed readings of omega, and over `ablation.ratios`.
+    """{label: run}: level A without R_dis, in the two printed readings of omega, and over `ablation.ratios`.
 
     The profile's own omega is always among them (decision 11); its run is the profile's default run.
     """
@@ -70,51 +79,53 @@ def omegas(profile, method, seed=0):
     ratios = {*profile.ablation.ratios, *([own.value] if own.reading == "ratio" else [])}
     readings |= {f"ratio {r:g}": dataclasses.replace(own, reading="ratio", value=r) for r in sorted(ratios)}
     return {
-        label: train.fit(profile, method, seed, omega=None if omega == own else omega)
+        label: {"method": method, "seed": seed, "omega": None if omega == own else omega}
         for label, omega in readings.items()
     }
 
 
 def gradings(profile, method, seed=0):
-    """{label: policy folder}: level A by reward, by either end of R_dis, and random lists with R_dis's own q_diff."""
-    runs = {"highest reward": train.fit(profile, method, seed, "reward")}
+    """{label: run}: level A by reward, by either end of R_dis, and random lists with R_dis's own q_diff."""
+    own = {"method": method, "seed": seed}
+    by_r_dis, lists = own | {"grading": "distribution"}, random_lists(profile, seed, "distribution")
+    runs = {"highest reward": own | {"grading": "reward"}}
     for direction in ("lowest", "highest"):
-        variant = with_grading(profile, direction=direction)
-        runs[f"{direction} R_dis"] = train.fit(variant, method, seed, "distribution")
-    lists = random_lists(profile, seed, "distribution")
-    return runs | {"random": train.fit(profile, method, seed, "distribution", lists=lists)}
+        runs[f"{direction} R_dis"] = by_r_dis | {"profile": with_grading(profile, direction=direction)}
+    return runs | {"random": by_r_dis | {"lists": lists}}
 
 
 def volumes(profile, method, seed=0):
-    """{("level A" or "random lists", share of the lists in per cent): policy folder}, up to all lists, at 100.
+    """{("level A" or "random lists", share of the lists in per cent): run}, up to all lists, at 100.
 
     The shares are the profile's own and `ablation.tops`. As in the paper the levels move with a, and q_diff with them
     where lists have more than two responses; random lists train under the q_diff of the level A beside them. Both lines
     end in "without D_A" of `controls`, under the profile's q_diff.
     """
-    name, runs = share_name(profile), {}
+    name, own, runs = share_name(profile), {"method": method, "seed": seed}, {}
     for share in sorted({getattr(profile.grading, name), *profile.ablation.tops}):
         variant = with_grading(profile, **{name: share})
-        runs["level A", share] = train.fit(variant, method, seed)
-        runs["random lists", share] = train.fit(variant, method, seed, lists=random_lists(variant, draw=seed))
-    everything = train.fit(profile, method, seed, lists=subset.scored(profile) / "lists.parquet")
+        runs["level A", share] = own | {"profile": variant}
+        runs["random lists", share] = own | {"profile": variant, "lists": random_lists(variant, draw=seed)}
+    everything = own | {"lists": subset.scored(profile) / "lists.parquet"}
     return {**runs, ("level A", 100.0): everything, ("random lists", 100.0): everything}
 
 
 def bottoms(profile, method, seed=0):
-    """{c: policy folder}: level C of other sizes, which changes q_diff alone, and only where lists have three or more.
+    """{c: run}: level C of other sizes, which changes q_diff alone, and only where lists have three or more.
 
     The shares are the profile's own and `ablation.bottoms`, in per cent, under grading by reward.
     """
+    own = {"method": method, "seed": seed, "grading": "reward"}
     shares = sorted({profile.grading.bottom, *profile.ablation.bottoms})
-    return {c: train.fit(with_grading(profile, bottom=c), method, seed, "reward") for c in shares}
+    return {c: own | {"profile": with_grading(profile, bottom=c)} for c in shares}
 
 
 def lengths(profile, method, seed=0):
-    """{l: policy folder}: level A with `ablation.lengths` responses a list; all else is the same, q_diff included."""
+    """{l: run}: level A with `ablation.lengths` responses a list; all else is the same, q_diff included."""
     found = _lengths_of_level_a(profile)
     return {
-        length: train.fit(profile, method, seed, lists=None if found == {length} else shorter_lists(profile, length))
+        length: {"method": method, "seed": seed}
+        | {"lists": None if found == {length} else shorter_lists(profile, length)}
         for length in lengths_at_hand(profile)
     }
 

@@ -14,12 +14,14 @@ Between the two stand three more runs (`CONTROLS`) that change one thing at a ti
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from deftlib import jobs
 from deftlib.evaluation import evaluate
 from deftlib.intervals import mean_interval, paired_interval
 from deftlib.method.guidance import DistributionGuided
@@ -41,8 +43,8 @@ STEPS = {  # what DEFT-m minus m is made of: {name: (more of it, less of it)}, r
 def trained(profile):
     """{method: [policy folder of each seed]}: the start policy (one for all seeds), the methods, their DEFT twins."""
     methods = [prefix + method for prefix in ("", "deft-") for method in profile.comparison.methods]
-    seeds = profile.comparison.seeds
-    return {"start": [policies.start_policy(profile)]} | {m: [train.fit(profile, m, s) for s in seeds] for m in methods}
+    runs = {(m, seed): {"method": m, "seed": seed} for m in methods for seed in profile.comparison.seeds}
+    return {"start": [policies.start_policy(profile)]} | _by_name(train.fit_all(profile, runs))
 
 
 def controls(profile):
@@ -51,28 +53,28 @@ def controls(profile):
     "fewer updates": the method on all lists; "random lists": on as many as level A has, drawn anew for each seed;
     "level A": on level A, without R_dis.
     """
-    return {
-        (method, name): [_control(profile, method, name, seed) for seed in profile.comparison.seeds]
-        for method in profile.comparison.methods
-        for name in CONTROLS
-    }
+    policies_of, runs = trained(profile), {}
+    for method in profile.comparison.methods:
+        for seed, twin in zip(profile.comparison.seeds, policies_of[f"deft-{method}"]):
+            level_a = {"method": f"deft-{method}", "seed": seed, "omega": 0.0}
+            random_lists = level_a | {"lists": ablation.random_lists(profile, draw=seed)}
+            fewer = {"method": method, "seed": seed, "updates": train.summary(twin)["updates"]}
+            for name, run in zip(CONTROLS, (fewer, random_lists, level_a)):
+                runs[(method, name), seed] = run
+    return _by_name(train.fit_all(profile, runs))
 
 
-def _control(profile, method, name, seed):
-    updates = train.summary(train.fit(profile, f"deft-{method}", seed))["updates"]
-    if name == "fewer updates":
-        return train.fit(profile, method, seed, updates=updates)
-    if name == "random lists":
-        return train.fit(profile, f"deft-{method}", seed, omega=0.0, lists=ablation.random_lists(profile, draw=seed))
-    return train.fit(profile, f"deft-{method}", seed, omega=0.0)
+def _by_name(of_seeds):
+    """{(name, seed): value} -> {name: [value of each seed]}."""
+    names = dict.fromkeys(name for name, _ in of_seeds)
+    return {each: [value for (name, _), value in of_seeds.items() if name == each] for each in names}
 
 
 def replies(profile, runs):
     """{method: [`evaluate.replies` of each seed]}, the same prompts for all."""
     parts = subset.parts(profile)
     r_eval = rewards.judge(profile, "evaluate", parts)
-    seeds = profile.comparison.seeds
-    return {m: [evaluate.replies(profile, f, parts, r_eval, s) for f, s in zip(runs[m], seeds)] for m in runs}
+    return evaluate.replies_of(profile, runs, parts, r_eval, profile.comparison.seeds)
 
 
 def measured(profile, runs, frames):
@@ -107,11 +109,10 @@ def measured(profile, runs, frames):
 
 def _by_prompt(profile, folders, references, frames):
     """[S, N]: KL of each seed's policy from its reference, mean over the samples of a prompt."""
-    of_seeds = [
-        frame.assign(kl=evaluate.divergence(profile, policy, reference, frame))
-        for policy, reference, frame in zip(folders, references, frames)
-    ]
-    return evaluate.by_prompt(of_seeds, "kl")
+    of_seeds = zip(folders, references, frames)
+    calls = {f"KL of {of_seed[0].name}": partial(evaluate.divergence, profile, *of_seed) for of_seed in of_seeds}
+    found = jobs.results(profile, calls).values()
+    return evaluate.by_prompt([frame.assign(kl=kl) for frame, kl in zip(frames, found)], "kl")
 
 
 def _costs(profile, method, folders):

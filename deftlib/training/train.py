@@ -6,9 +6,10 @@ tokenizer, `log.jsonl` and `summary.json`. Also a command: `deft train --profile
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
-from deftlib import store
+from deftlib import jobs, store
 from deftlib.command import one_sentence
 from deftlib.models import policies, rewards
 from deftlib.models.loop import PeakMemory, Progress, fit_or_resume
@@ -65,6 +66,14 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None, updates=N
     suffix += "" if updates is None else f"-{updates}updates"
     suffix += f"-{grading}" if is_deft and grading not in (None, training.gradings[0]) else ""
     return store.stage(profile, f"policies/{method}{suffix}-seed{seed}", key, produce, "training.train")
+
+
+def fit_all(profile, runs):
+    """{name: published folder} of many runs, `profile.jobs` of them at a time: see `jobs.results`.
+
+    runs: {name: arguments of `fit`}; its "profile" is the given one unless it has its own.
+    """
+    return jobs.results(profile, {name: partial(fit, **{"profile": profile, **run}) for name, run in runs.items()})
 
 
 def _train(folder, profile, method, seed, start, lists, q_diff_path, weight, updates):

@@ -18,7 +18,6 @@ from deftlib.profile import Omega, Profile
 from deftlib.studies import ablation
 from deftlib.training import subset, train
 
-FIT = train.fit
 LISTS = Features(
     {name: Value("string") for name in ("id", "subset", "prompt")}
     | {"responses": List(Value("string")), "rewards": List(Value("float64")), "level": Value("string")}
@@ -61,19 +60,16 @@ def profile():
 
 
 @pytest.fixture(autouse=True)
-def fitted(monkeypatch):
-    """What `train.fit` was asked for, under the name of each "folder" it returned."""
-    asked = {}
-
-    def fit(profile, method, seed=0, grading=None, omega=None, lists=None):
-        name = f"run {len(asked)}"
-        asked[name] = {"profile": profile, "method": method, "seed": seed, "grading": grading}
-        asked[name] |= {"omega": omega, "lists": lists and lists.parent.name.rpartition("-")[0]}
-        return name
-
-    monkeypatch.setattr(train, "fit", fit)
+def scored(monkeypatch):
     monkeypatch.setattr(subset, "scored", lambda profile: Path("scored-0123456789"))
-    return asked
+
+
+def asked(runs):
+    """What each run asks `train.fit` for: its lists by their stage's name, and what it leaves to `fit`."""
+    left = {"profile": None, "grading": None, "omega": None, "lists": None}
+    whole = {name: left | run for name, run in runs.items()}
+    stage = lambda path: path and path.parent.name.rpartition("-")[0]
+    return {name: run | {"lists": stage(run["lists"])} for name, run in whole.items()}
 
 
 def chosen(path):
@@ -149,9 +145,9 @@ def test_a_choice_is_published_with_a_card_that_counts_it(profile):
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-def test_table_3_changes_one_thing_at_a_time(profile, fitted):
-    runs = {name: fitted[folder] for name, folder in ablation.controls(profile, "deft-pro", seed=2).items()}
-    assert all(run["profile"] == profile and run["seed"] == 2 and run["grading"] is None for run in runs.values())
+def test_table_3_changes_one_thing_at_a_time(profile):
+    runs = asked(ablation.controls(profile, "deft-pro", seed=2))
+    assert all(run["profile"] is None and run["seed"] == 2 and run["grading"] is None for run in runs.values())
     assert {name: (run["method"], run["lists"], run["omega"]) for name, run in runs.items()} == {
         "DEFT": ("deft-pro", None, None),
         "without D_A": ("deft-pro", "scored", None),
@@ -172,7 +168,7 @@ def test_another_world_has_other_truly_best_lists(profile, monkeypatch):
     assert ablation.truly_best_lists(profile) != before
 
 
-def test_outside_the_mini_world_table_3_has_no_truly_best_lists_and_pairs_have_one_order(fitted):
+def test_outside_the_mini_world_table_3_has_no_truly_best_lists_and_pairs_have_one_order():
     variants = ablation.controls(Profile.load("smol"), "deft-dpo").keys()
     assert "agreement filter" in variants and not {"truly best A", "annotation order"} & variants
 
@@ -186,9 +182,9 @@ def test_the_agreement_filter_goes_by_the_reward_of_the_annotators_first(profile
     assert "annotation" in asked and len(found) == len(graded.level_a) and f"list-{best[0]}" in found
 
 
-def test_omega_is_swept_in_three_readings_and_over_decades_and_the_profiles_own_is_not_trained_twice(fitted):
+def test_omega_is_swept_in_three_readings_and_over_decades_and_the_profiles_own_is_not_trained_twice():
     swept = Profile.load("mini", {"ablation.ratios": [3.0, 0.3]})
-    runs = {name: fitted[folder]["omega"] for name, folder in ablation.omegas(swept, "deft-dpo").items()}
+    runs = {name: run["omega"] for name, run in ablation.omegas(swept, "deft-dpo").items()}
     assert runs == {
         "omega 0": 0.0,
         "published": Omega("published", 2.5e-6),
@@ -199,9 +195,9 @@ def test_omega_is_swept_in_three_readings_and_over_decades_and_the_profiles_own_
     }
 
 
-def test_a_profile_that_trains_with_the_printed_omega_shares_that_run(fitted):
+def test_a_profile_that_trains_with_the_printed_omega_shares_that_run():
     runs = ablation.omegas(Profile.load("paper"), "deft-pro")
-    assert [fitted[runs[name]]["omega"] for name in ("omega 0", "published")] == [0.0, None]
+    assert [runs[name]["omega"] for name in ("omega 0", "published")] == [0.0, None]
 
 
 def test_the_printed_omegas_are_those_of_appendix_a1():
@@ -210,9 +206,10 @@ def test_the_printed_omegas_are_those_of_appendix_a1():
     assert dict(zip(map(str.lower, printed["columns"]), printed["omega"])) == ablation.PRINTED_OMEGA
 
 
-def test_both_ends_of_r_dis_are_graded_and_random_lists_get_its_q_diff(profile, fitted):
-    runs = {name: fitted[folder] for name, folder in ablation.gradings(profile, "deft-dpo", 1).items()}
-    assert {name: (run["grading"], run["profile"].grading.direction, run["lists"]) for name, run in runs.items()} == {
+def test_both_ends_of_r_dis_are_graded_and_random_lists_get_its_q_diff(profile):
+    runs = asked(ablation.gradings(profile, "deft-dpo", 1))
+    direction = lambda run: (run["profile"] or profile).grading.direction
+    assert {name: (run["grading"], direction(run), run["lists"]) for name, run in runs.items()} == {
         "highest reward": ("reward", "lowest", None),
         "lowest R_dis": ("distribution", "lowest", None),
         "highest R_dis": ("distribution", "highest", None),
@@ -221,12 +218,12 @@ def test_both_ends_of_r_dis_are_graded_and_random_lists_get_its_q_diff(profile, 
     assert runs["lowest R_dis"]["profile"] == profile
 
 
-def test_data_volume_ends_with_all_lists_and_has_random_lists_beside_every_level_a(fitted):
+def test_data_volume_ends_with_all_lists_and_has_random_lists_beside_every_level_a():
     swept = Profile.load("mini", {"ablation.tops": [50.0, 5.0]})
-    volumes = ablation.volumes(swept, "deft-dpo")
+    volumes = asked(ablation.volumes(swept, "deft-dpo"))
     for line, lists in (("level A", None), ("random lists", "random-draw0")):
-        runs = {share: fitted[folder] for (of, share), folder in volumes.items() if of == line}
-        assert {share: (run["profile"].grading.top, run["lists"]) for share, run in runs.items()} == {
+        runs = {share: run for (of, share), run in volumes.items() if of == line}
+        assert {share: ((run["profile"] or swept).grading.top, run["lists"]) for share, run in runs.items()} == {
             5.0: (5.0, lists),
             25.0: (25.0, lists),
             50.0: (50.0, lists),
@@ -234,30 +231,30 @@ def test_data_volume_ends_with_all_lists_and_has_random_lists_beside_every_level
         }
 
 
-def test_where_r_dis_grades_first_the_data_volume_is_the_share_it_keeps(fitted):
+def test_where_r_dis_grades_first_the_data_volume_is_the_share_it_keeps():
     final = Profile.load("mini", {"training.gradings": ["distribution", "reward"], "ablation.tops": [10.0]})
-    runs = {run: fitted[folder]["profile"].grading for run, folder in ablation.volumes(final, "deft-dpo").items()}
+    runs = asked(ablation.volumes(final, "deft-dpo"))
+    runs = {name: (run["profile"] or final).grading for name, run in runs.items()}
     kept = {share: grading.keep for (line, share), grading in runs.items() if line == "level A"}
     assert kept == {10.0: 10.0, 25.0: 25.0, 100.0: 25.0}
     assert {grading.top for grading in runs.values()} == {25.0}
 
 
-def test_c_changes_level_c_alone(fitted):
+def test_c_changes_level_c_alone():
     swept = Profile.load("mini", {"ablation.bottoms": [50.0]})
-    runs = [fitted[folder] for folder in ablation.bottoms(swept, "deft-dpo").values()]
+    runs = list(ablation.bottoms(swept, "deft-dpo").values())
     assert [run["profile"].grading.bottom for run in runs] == [12.5, 50.0]
     assert {run["profile"].grading.top for run in runs} == {25.0}
 
 
-def test_lists_at_their_own_length_are_level_a_itself(fitted):
+def test_lists_at_their_own_length_are_level_a_itself():
     swept = Profile.load("mini", {"ablation.lengths": [2, 3]})
-    runs = {length: fitted[folder]["lists"] for length, folder in ablation.lengths(swept, "deft-pro").items()}
-    assert runs == {2: "2-responses", 3: None}
+    runs = asked(ablation.lengths(swept, "deft-pro"))
+    assert {length: run["lists"] for length, run in runs.items()} == {2: "2-responses", 3: None}
 
 
 def test_shared_runs_are_one_folder_of_train_fit(profile, monkeypatch):
     """With the real `fit`: the same settings, the same name and key."""
-    monkeypatch.setattr(train, "fit", FIT)
     monkeypatch.setattr(store, "digest", str)
     monkeypatch.setattr(policies, "start_policy", lambda profile: "start")
     monkeypatch.setattr(policies, "identity", str)
@@ -266,10 +263,10 @@ def test_shared_runs_are_one_folder_of_train_fit(profile, monkeypatch):
     stage = lambda profile_name, name, key, *_: Path(f"{name}-{store.content_key(key)[:10]}")
     monkeypatch.setattr(store, "stage", stage)
     own, without = train.fit(profile, "deft-dpo"), train.fit(profile, "deft-dpo", omega=0.0)
-    controls, omegas = ablation.controls(profile, "deft-dpo"), ablation.omegas(profile, "deft-dpo")
-    volumes = ablation.volumes(profile, "deft-dpo")
+    fitted = lambda study: train.fit_all(profile, study(profile, "deft-dpo"))
+    controls, omegas, volumes = map(fitted, (ablation.controls, ablation.omegas, ablation.volumes))
     assert own == controls["DEFT"] == omegas["ratio 0.03"] == volumes["level A", 25.0]
-    assert own == ablation.gradings(profile, "deft-dpo")["highest reward"]
+    assert own == fitted(ablation.gradings)["highest reward"]
     assert without == controls["without R_dis"] == omegas["omega 0"]
     assert controls["without both"] == train.fit(profile, "dpo")
     assert controls["without D_A"] == volumes["level A", 100.0] == volumes["random lists", 100.0]

@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster, behind the same names as `jobs.LocalWorkers`. Its machines share the project's folder.
+"""Workers of a Ray cluster, behind the same names as `workers.LocalWorkers`. Its machines share the project's folder.
 
 `pip install 'deftlib[ray]'`; the cluster is the one that RAY_ADDRESS names, else one of this machine alone. What a task
 prints Ray shows, with its process and machine. A task asks for a GPU where there are any, so one runs on each.
@@ -6,20 +6,20 @@ prints Ray shows, with its process and machine. A task asks for a GPU where ther
 
 import os
 
-from deftlib.jobs import CORES_OF_A_WORKER, TOO_BIG, JobError, Outcome, make_one
+from deftlib.workers import TOO_BIG, JobError, Outcome, make_one
 
 PASSED_ON = ("DEFT_ROOT", "DEFT_DATA", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")  # to tasks, where they are set
 
 
 class RayWorkers:
-    """Tasks of a Ray cluster, as many at a time as `many` says, None: as it has GPUs, or cores for."""
+    """Tasks of a Ray cluster with `cores` each, as many at a time as `many` says; None: as it has GPUs, or cores."""
 
-    def __init__(self, many):
+    def __init__(self, many, cores):
         try:
             import ray
         except ModuleNotFoundError as error:
             raise JobError("cluster: ray needs Ray: pip install 'deftlib[ray]'") from error
-        self.ray, self.many = ray, many
+        self.ray, self.many, self.cores = ray, many, cores
         self._names = {}  # {reference to a task's result: name}
 
     def __enter__(self):
@@ -30,7 +30,6 @@ class RayWorkers:
             self.ray.init(include_dashboard=False, runtime_env={"env_vars": passed}, log_to_driver=True)
         has = self.ray.cluster_resources()
         self.gpus, cores = int(has.get("GPU", 0)), int(has["CPU"])
-        self.cores = 1 if self.many else min(cores, CORES_OF_A_WORKER)
         self.many = self.many or self.gpus or max(1, cores // self.cores)
         return self
 

@@ -1,0 +1,196 @@
+"""Worker processes of this machine, one a place: what `jobs` hands its calls to.
+
+with LocalWorkers([Place(gpu="0", threads=4), Place(gpu="1", threads=4)]) as workers:
+    workers.start("dpo 0", call)
+    workers.next_outcome()                      # shows what they print, behind their number, until one is done
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from typing import NamedTuple
+
+from deftlib import store
+
+TOO_BIG = ("OutOfMemoryError", "MemoryError")  # kinds of error after which a run is tried once more, alone
+
+
+class JobError(RuntimeError):
+    """Some runs of many failed; all others stand."""
+
+
+class Place(NamedTuple):
+    """Where a worker works."""
+
+    gpu: str | None  # as CUDA_VISIBLE_DEVICES names it
+    threads: int
+
+
+class Outcome(NamedTuple):
+    """How it went with a stage of a call. error: None where it stands; too_big: out of memory, or the worker died."""
+
+    name: object
+    error: Exception | None
+    too_big: bool
+
+
+def make_one(call):
+    """Make the first result that a call lacks, and what that asks for itself."""
+    with store.at_most(1), suppress(store.Unpublished):
+        call()
+
+
+def visible_gpus():
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()  # asks the driver, and leaves the GPU alone
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+class LocalWorkers:
+    """Worker processes, one a place, each with a GPU of its own or a share of one. They live as long as the `with`."""
+
+    def __init__(self, places):
+        self.places, self._workers, self._names = places, {}, {}  # {place's number: _Worker}, {number: name in work}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for worker in self._workers.values():
+            worker.process.terminate()
+            worker.process.join()
+
+    @property
+    def described(self):
+        gpus = len({place.gpu for place in self.places if place.gpu is not None})
+        where = f" on {gpus} GPU{'s' * (gpus > 1)}" if gpus else ""
+        return f"{len(self.places)} workers{where}, {self.places[0].threads} threads each"
+
+    @property
+    def busy(self):
+        return len(self._names)
+
+    @property
+    def has_room(self):
+        return self.busy < len(self.places)
+
+    def start(self, name, call, alone=False):
+        """Give a call to a free worker. alone: the caller sees to it that no other is at work; memory is given back."""
+        if alone:
+            self.__exit__()
+            self._workers.clear()
+        number = next(i for i in range(len(self.places)) if i not in self._names)
+        if number not in self._workers:
+            self._workers[number] = _Worker(number, self.places[number])
+        self._workers[number].connection.send(call)
+        self._names[number] = name
+
+    def next_outcome(self):
+        """Show what the workers say until one is done."""
+        while True:
+            for connection in wait([self._workers[number].connection for number in self._names]):
+                number = next(i for i in self._names if self._workers[i].connection is connection)
+                try:
+                    kind, said = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    code = self._bury(number)
+                    error = JobError(f"its worker died (exit code {code}), perhaps for want of memory")
+                    return Outcome(self._names.pop(number), error, too_big=True)
+                if kind == "line":
+                    print(f"  {number + 1}| {said}", flush=True)
+                else:
+                    return Outcome(self._names.pop(number), said, too_big=type(said).__name__ in TOO_BIG)
+
+    def _bury(self, number):
+        process = self._workers.pop(number).process
+        process.join()
+        return process.exitcode
+
+
+class _Worker:
+    """A process that makes one stage after another, and the connection to it."""
+
+    def __init__(self, number, place):
+        context = multiprocessing.get_context("spawn")  # forked, it could not use a GPU that its parent has looked at
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True, name=f"deft worker {number + 1}")
+        chosen = {"OMP_NUM_THREADS": str(place.threads)}
+        if place.gpu is not None:
+            chosen["CUDA_VISIBLE_DEVICES"] = place.gpu
+        with _environment(chosen):  # read while its libraries load, before any code of ours runs there
+            self.process.start()
+        theirs.close()
+
+
+def _work(connection):
+    """A worker's life. What it prints goes to its parent line by line; when the parent is gone it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdout = _Lines(connection)
+    while True:
+        call = connection.recv()
+        error = None
+        try:
+            make_one(call)
+        except Exception as raised:
+            error = raised
+        connection.send(("done", _to_send(error)))
+        _give_back_memory()
+
+
+def _to_send(error):
+    """An error as it can be pickled: itself, or its kind and words."""
+    with suppress(Exception):
+        multiprocessing.reduction.ForkingPickler.dumps(error)
+        return error
+    if type(error).__name__ in TOO_BIG:
+        return MemoryError(str(error))
+    return JobError(f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _give_back_memory():
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+class _Lines:
+    """A text stream that sends whole lines."""
+
+    def __init__(self, connection):
+        self.connection, self.rest, self._lock = connection, "", threading.Lock()
+
+    def write(self, text):
+        with self._lock:
+            *lines, self.rest = (self.rest + text).split("\n")
+            for line in filter(str.strip, lines):
+                self.connection.send(("line", line))
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+@contextmanager
+def _environment(values):
+    """These environment variables inside, as they were outside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
