@@ -55,6 +55,10 @@ def imported_is_no_garbage():
 
 @pytest.fixture
 def tokenizer():
+    return small_tokenizer()
+
+
+def small_tokenizer():
     words = Tokenizer(WordLevel(VOCAB, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="right")
@@ -62,13 +66,13 @@ def tokenizer():
 
 @pytest.fixture
 def make_model():
+    return small_model
+
+
+def small_model(seed=0, **changes):
     """A random Llama, tied unless told otherwise."""
-
-    def make(seed=0, **changes):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": True, **changes}))
-
-    return make
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": True, **changes}))
 
 
 @pytest.fixture

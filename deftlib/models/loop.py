@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -56,7 +57,8 @@ def arguments(folder, *, epochs, learning_rate, batch_size, seed, save_steps=0, 
 class Progress(TrainerCallback):
     """One plain line every few seconds, every log entry in `log.jsonl`, and a mark on each finished checkpoint.
 
-    A log entry has step, epoch, seconds, what the trainer logs and, from its num_tokens, tokens_per_second.
+    A log entry has step, epoch, seconds, what the trainer logs and, from its num_tokens, tokens_per_second. Of several
+    processes the first writes.
     """
 
     def __init__(self, folder, label):
@@ -71,10 +73,11 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
-        _drop_entries_after(self.folder / "log.jsonl", state.global_step)
+        if state.is_world_process_zero:
+            _drop_entries_after(self.folder / "log.jsonl", state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:  # the summary that closes a training
+        if "loss" not in logs or not state.is_world_process_zero:  # without: the summary that closes a training
             return
         entry = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.seconds, 2), **logs}
         if "num_tokens" in logs:
@@ -92,6 +95,9 @@ class Progress(TrainerCallback):
             control.should_log = True
 
     def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()  # each process has written its part
+        if not state.is_world_process_zero:
+            return
         write_atomic(self.folder / "seconds.json", json.dumps({"seconds": self.seconds}))
         mark = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
         write_atomic(mark, json.dumps({"num_tokens": self.tokens}))
@@ -142,7 +148,8 @@ def _resident(field):
 
 def fit_or_resume(trainer, folder):
     """Train from the start, or from the newest complete checkpoint of an interrupted run; then save the model there."""
-    checkpoint = newest_complete(Path(folder) / "checkpoints")
+    with PartialState().main_process_first():  # it removes what is incomplete
+        checkpoint = newest_complete(Path(folder) / "checkpoints")
     if checkpoint:
         print(f"  resuming from {checkpoint.name}", flush=True)
         for counter in ("_total_train_tokens", "num_tokens"):  # TRL's and ours would begin at nothing again
@@ -152,11 +159,18 @@ def fit_or_resume(trainer, folder):
     set_seed(trainer.args.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(folder))
-    for mark in (Path(folder) / "checkpoints").glob(f"*/{COMPLETE}"):
+    PartialState().wait_for_everyone()
+    if trainer.is_world_process_zero():
+        _clear_up(Path(folder))
+
+
+def _clear_up(folder):
+    """Remove what only an unfinished training needs."""
+    for mark in (folder / "checkpoints").glob(f"*/{COMPLETE}"):
         mark.unlink()  # first: a kill now must not leave half a checkpoint that is called complete
-    shutil.rmtree(Path(folder) / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for leftover in ("seconds.json", "training_args.bin"):
-        (Path(folder) / leftover).unlink(missing_ok=True)
+        (folder / leftover).unlink(missing_ok=True)
 
 
 def newest_complete(checkpoints):

@@ -3,6 +3,8 @@
     check          what is understood of data of your own: `deft check`
     extend         one more reply for every list: D_3 from an endpoint or from the SFT policy
     train          fit(profile, "deft-dpo", seed): one policy, published
+    one_run        one training into a folder, in this process or as one of several
+    launch         one large run on several GPUs: starts the processes, deals the lists of an update
     building       the trainer of a method, as the profile sets it up: model, reference, data, arguments
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own
     encoding       ranked lists as token ids, and the rows that SFT and DPO take

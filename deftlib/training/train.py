@@ -12,11 +12,9 @@ from pathlib import Path
 from deftlib import jobs, store
 from deftlib.command import one_sentence
 from deftlib.models import policies, rewards
-from deftlib.models.loop import PeakMemory, Progress, fit_or_resume
-from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, add_options
-from deftlib.training import subset, trainers
-from deftlib.training.building import RECIPES, build
+from deftlib.training import launch, one_run, subset
+from deftlib.training.building import RECIPES
 from deftlib.training.trainers import LIST_METHODS
 
 METHODS = list(RECIPES)
@@ -58,7 +56,9 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None, updates=N
         key["r_train"] = rewards.judge(profile, "train", subset.parts(profile)).identity()
 
     def produce(folder):
-        _train(folder, profile, method, seed, start, read_lists(chosen), q_diff_path, weight, updates)
+        train_into = launch.launched if profile.launch.processes > 1 else one_run.train_into
+        run = {"method": method, "seed": seed, "start": str(start), "lists": str(chosen), "q_diff": str(q_diff_path)}
+        train_into(profile=profile, folder=folder, **run, omega=_plain(weight), updates=updates)
 
     suffix = "" if lists is None else "-" + lists.parent.name.rpartition("-")[0]
     if omega is not None:
@@ -74,39 +74,6 @@ def fit_all(profile, runs):
     runs: {name: arguments of `fit`}; its "profile" is the given one unless it has its own.
     """
     return jobs.results(profile, {name: partial(fit, **{"profile": profile, **run}) for name, run in runs.items()})
-
-
-def _train(folder, profile, method, seed, start, lists, q_diff_path, weight, updates):
-    with PeakMemory() as memory:
-        more = {} if updates is None else {"max_steps": updates}
-        trainer = build(folder, profile, method, seed, start, lists, q_diff_path, **more)
-        used = trainers.lists_used(trainer)  # refuses too few before anything is trained
-        if used < len(trainer.train_dataset):
-            print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
-        trainer.add_callback(Progress(folder, f"{method} seed {seed}"))
-        trainer.omega = _omega(trainer, weight, q_diff_path, folder)
-        fit_or_resume(trainer, folder)
-    trainer.processing_class.save_pretrained(folder)
-    ratios = [entry["gradient_ratio"] for entry in trainer.state.log_history if "gradient_ratio" in entry]
-    summary = {"method": method, "seed": seed, "lists": used}
-    summary |= {"updates": trainer.state.global_step, "peak_memory": memory.bytes}
-    summary |= {"epochs": trainer.args.num_train_epochs, "learning_rate": trainer.args.learning_rate}
-    summary |= {"omega": trainer.omega, "omega_reading": _plain(weight), "gradient_ratio": ratios}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-
-
-def _omega(trainer, weight, q_diff_path, folder):
-    """The number that multiplies R_dis: given, as printed, times the counts, or calibrated (decision 11)."""
-    if isinstance(weight, float | int):
-        return float(weight)
-    if weight.reading == "published":
-        return weight.value
-    if weight.reading == "counts":
-        return weight.value * sum(int(counts.sum()) for counts in subset.load_counts(q_diff_path)) / 2
-    path = folder / "omega.json"  # an interrupted run resumes with the omega it started with
-    if not path.is_file():
-        store.write_atomic(path, json.dumps(trainer.calibrate(weight.value, weight.calibration_batches)))
-    return json.loads(path.read_text())
 
 
 def _plain(weight):

@@ -18,7 +18,7 @@ from deftlib.models import policies
 from deftlib.preferences import dialogues
 from deftlib.preferences.lists import read
 from deftlib.profile import Profile
-from deftlib.training import subset, train
+from deftlib.training import one_run, subset
 
 HH = Path(os.environ.get("DEFT_DATA") or "/nowhere") / "hh-rlhf" / "helpful-base" / "test.jsonl.gz"
 
@@ -74,7 +74,9 @@ def made_of(path, folder):
     tokenizer = policies.load_tokenizer(start)
     counts = subset.count_lists(lists, [(1, -1)] * len(lists), tokenizer, len(tokenizer), profile.text)
     subset.save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
-    train._train(folder, profile, "deft-dpo", 0, start, lists, folder / "q_diff.npz", 0.1, 3)
+    lists.to_parquet(folder / "lists.parquet")
+    given = {"lists": folder / "lists.parquet", "q_diff": folder / "q_diff.npz"}
+    one_run.train_into(folder, profile, "deft-dpo", 0, start, **given, omega=0.1, updates=3)
     return lists, subset.load_q_diff(folder / "q_diff.npz", tokenizer), load_file(folder / "model.safetensors")
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from deftlib.models import policies
 from deftlib.profile import Omega, Profile
 from deftlib.store import ROOT
-from deftlib.training import building, subset, train, trainers
+from deftlib.training import building, one_run, subset, train, trainers
 
 
 @pytest.fixture
@@ -56,23 +56,30 @@ class Calibrates:
 
     asked = 0
 
+    def is_world_process_zero(self):
+        return True
+
     def calibrate(self, ratio, batches):
         self.asked += 1
         return ratio * 1000 + batches
 
 
+def omega_of(trainer, omega, counted, folder):
+    return one_run._omega(trainer, vars(omega) if isinstance(omega, Omega) else omega, counted, folder)
+
+
 def test_omega_as_given_as_printed_and_times_the_counts(counted, tmp_path):
-    assert train._omega(None, 0, counted, tmp_path) == 0.0
-    assert train._omega(None, 0.25, counted, tmp_path) == 0.25
-    assert train._omega(None, Omega("published", 2.5e-5), counted, tmp_path) == 2.5e-5
-    assert train._omega(None, Omega("counts", 2.5e-5), counted, tmp_path) == pytest.approx(2.5e-5 * 400)
+    assert omega_of(None, 0.25, counted, tmp_path) == 0.25
+    assert omega_of(None, Omega("published", 2.5e-5), counted, tmp_path) == 2.5e-5
+    assert omega_of(None, Omega("counts", 2.5e-5), counted, tmp_path) == pytest.approx(2.5e-5 * 400)
 
 
 def test_omega_by_ratio_is_calibrated_once_and_remembered(counted, tmp_path):
     trainer = Calibrates()
-    first = train._omega(trainer, Omega("ratio", 0.03, calibration_batches=8), counted, tmp_path)
+    by_ratio = Omega("ratio", 0.03, calibration_batches=8)
+    first = omega_of(trainer, by_ratio, counted, tmp_path)
     assert first == pytest.approx(38.0)
-    assert train._omega(trainer, Omega("ratio", 0.03, calibration_batches=8), counted, tmp_path) == first
+    assert omega_of(trainer, by_ratio, counted, tmp_path) == first
     assert trainer.asked == 1
 
 
@@ -94,24 +101,32 @@ QUICK = {
 }
 
 
+def texts(start):
+    """A Parquet file of TEXTS, beside a start policy."""
+    path = start.parent / "texts.parquet"
+    if not path.is_file():
+        Dataset.from_list(TEXTS).to_parquet(path)
+    return path
+
+
 class Killed(Exception):
     pass
 
 
 def run(folder, start, method, kill_after=None, monkeypatch=None):
-    """`train._train` on 12 lists, 6 updates, checkpoints at 2 and 4; dies after `kill_after` updates."""
+    """A training on 12 lists, 6 updates, checkpoints at 2 and 4; dies after `kill_after` updates."""
     folder.mkdir(exist_ok=True)
 
-    class Progress(train.Progress):
+    class Progress(one_run.Progress):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == kill_after:
                 raise Killed
 
     q_diff = start.parent / "q_diff.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Progress", Progress)
-        lists = Dataset.from_list(TEXTS)
-        train._train(folder, Profile.load("mini", QUICK), method, 0, start, lists, q_diff, Omega("ratio", 0.5, 2), None)
+        patch.setattr(one_run, "Progress", Progress)
+        profile, omega = Profile.load("mini", QUICK), vars(Omega("ratio", 0.5, 2))
+        one_run.train_into(folder, profile, method, 0, start, texts(start), q_diff, omega)
     return folder
 
 
@@ -146,9 +161,9 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(method, start, t
 
 
 def test_a_plain_method_logs_r_dis_and_never_optimises_it(start, tmp_path):
-    kwargs = {"method": "sft", "seed": 0, "start": start, "q_diff_path": start.parent / "q_diff.npz", "weight": 0.0}
+    run = {"method": "sft", "seed": 0, "start": start, "q_diff": start.parent / "q_diff.npz", "omega": 0.0}
     (tmp_path / "sft").mkdir()
-    train._train(tmp_path / "sft", Profile.load("mini", QUICK), lists=Dataset.from_list(TEXTS), updates=None, **kwargs)
+    one_run.train_into(tmp_path / "sft", Profile.load("mini", QUICK), lists=texts(start), **run)
     record = json.loads((tmp_path / "sft" / "summary.json").read_text())
     assert (record["omega"], record["omega_reading"], record["gradient_ratio"]) == (0.0, 0.0, [])
     assert (record["method"], record["lists"], record["updates"]) == ("sft", 12, 6)

@@ -1,0 +1,133 @@
+"""One large run on several GPUs: the process that publishes starts one process a GPU, shows what the first says, waits.
+
+    launched(profile, folder, method="dpo", seed=0, ...)     # the arguments of `one_run.train_into`, as JSON holds them
+
+The profile says how many (`launch.processes`) and what each holds (`launch.config`: "ddp" the whole model, "fsdp2" its
+share, by `notebooks/profiles/launch/fsdp2.json`). torchrun starts them, on several machines through Slurm's srun. They
+share the lists of an update: how many those are is the profile's, and the same on any number of processes.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from deftlib import typed
+from deftlib.profile import FOLDER, Profile, Settings
+
+PUBLISHER = "DEFT_PUBLISHER"  # host and process of who publishes, told to those it starts
+PORT = 29400  # where the machines of one launch find each other: torchrun's own
+
+
+class LaunchError(RuntimeError):
+    """A process of a launched training failed, or cannot be started."""
+
+
+# ---- the process that publishes ------------------------------------------------------------------------------------
+
+
+def launched(profile, folder, **run):
+    """Train in `profile.launch.processes` processes, into the folder. Raises LaunchError by the first that failed."""
+    share(profile)  # refuses before anything is started
+    job = folder / "job.json"
+    job.write_text(json.dumps({"profile": dataclasses.asdict(profile), "run": run}))
+    for left in folder.glob("failed-*.txt"):
+        left.unlink()
+    environment = os.environ | {PUBLISHER: f"{socket.gethostname()} {os.getpid()}"}
+    module = "deftlib.training.one_run"
+    process = subprocess.Popen(
+        [*command(profile.launch), "-m", module, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = []  # by torchrun and the libraries: shown if no process says better
+    reader = threading.Thread(target=lambda: told.extend(process.stderr), daemon=True)
+    reader.start()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        code = process.wait()
+        reader.join()
+    finally:  # interrupted: they are not to go on without us
+        process.terminate()
+    if code:
+        failed = sorted(folder.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        said = failed[0].read_text() if failed else f"exit code {code}: {''.join(told[-20:]).strip()}"
+        raise LaunchError(f"training in {profile.launch.processes} processes failed: {said}")
+    job.unlink()
+
+
+def command(launch):
+    """What starts the processes of a launch, up to what each is to run."""
+    each, left = divmod(launch.processes, launch.nodes)
+    if left:
+        raise LaunchError(f"launch.processes={launch.processes} cannot be dealt evenly over {launch.nodes} nodes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={each}", "--max-restarts=0"]
+    if launch.nodes == 1:
+        return [*torchrun, "--standalone"]
+    if "SLURM_JOB_ID" not in os.environ:
+        raise LaunchError(f"launch.nodes={launch.nodes} needs a Slurm allocation: see profiles/launch")
+    srun = ["srun", f"--nodes={launch.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    meet = [f"--rdzv-id={os.environ['SLURM_JOB_ID']}", f"--rdzv-endpoint={socket.gethostname()}:{PORT}"]
+    return [*srun, *torchrun, f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", *meet]
+
+
+# ---- what each process does of it ----------------------------------------------------------------------------------
+
+
+def share(profile):
+    """The profile as one process trains by it: micro-batches so that all together see the same lists an update.
+
+    Raises LaunchError where the lists of an update cannot be dealt evenly.
+    """
+    training, processes = profile.training, profile.launch.processes
+    lists = training.batch_size * training.gradient_accumulation
+    own, left = divmod(lists, processes)
+    if left:
+        raise LaunchError(
+            f"{lists} lists an update (training.batch_size x training.gradient_accumulation) cannot be dealt evenly "
+            f"over launch.processes={processes}"
+        )
+    size = next(size for size in range(min(own, training.batch_size), 0, -1) if own % size == 0)
+    own_training = dataclasses.replace(training, batch_size=size, gradient_accumulation=own // size)
+    return dataclasses.replace(profile, training=own_training)
+
+
+def arguments(profile):
+    """Further `TrainingArguments` of a launched training: how the model is dealt over the processes."""
+    if profile.launch.processes == 1 or profile.launch.config == "ddp":
+        return {}
+    config = json.loads((FOLDER / "launch" / f"{profile.launch.config}.json").read_text(encoding="utf-8"))
+    checkpointing = profile.training.gradient_checkpointing  # FSDP has its own, which does not gather weights twice
+    return {"fsdp": True, "fsdp_config": config | {"activation_checkpointing": checkpointing}} | (
+        {"gradient_checkpointing": False} if checkpointing else {}
+    )
+
+
+def read_job(folder):
+    """(profile, arguments of the run) that `launched` left there."""
+    job = json.loads((folder / "job.json").read_text())
+    beside = {name: job["profile"].pop(name) for name in ("label", "written", "changes")}
+    return Profile(**vars(typed.build(Settings, job["profile"])), **beside), job["run"]
+
+
+def end_with_publisher():
+    """Ends this process soon after the one that publishes is gone: another may then resume in the same folder."""
+    host, number = os.environ[PUBLISHER].split()
+    if host == socket.gethostname():  # on another machine, it falls with those of the first
+        threading.Thread(target=_watch, args=(int(number),), daemon=True).start()
+
+
+def _watch(number):
+    while True:
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(0.5)

@@ -1,0 +1,203 @@
+"""One run in two processes: the same lists an update, the same first loss, the same policy; killed, it goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_model, small_tokenizer
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from deftlib.models import policies
+from deftlib.models.loop import read_log
+from deftlib.profile import Launch, Omega, Profile
+from deftlib.training import launch, one_run, subset
+from deftlib.training.launch import LaunchError
+
+SETTINGS = {
+    "training.batch_size": 2,
+    "training.gradient_accumulation": 2,
+    "training.log_steps": 1,
+    "training.save_steps": 2,
+    "training.ratio_steps": 2,
+    "training.pro": {"epochs": 6.0, "learning_rate": 1e-2},
+}
+UPDATES = 24  # six epochs of 16 lists, four an update
+TEXTS = [
+    {"id": str(i), "subset": "s", "prompt": f"w{i} w9", "rewards": None}
+    | {"responses": [f"w{i} w{i + 1} w3", f"w{30 - i} w4"]}
+    for i in range(16)
+]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What `train_into` reads: a start policy, lists and q_diff."""
+    folder = tmp_path_factory.mktemp("given")
+    start, lists, q_diff = (folder / name for name in ("start", "lists.parquet", "q_diff.npz"))
+    tokenizer = small_tokenizer()
+    small_model().save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    of_texts = Dataset.from_list(TEXTS)
+    of_texts.to_parquet(lists)
+    counts = subset.count_lists(of_texts, len(TEXTS) * [(1, -1)], tokenizer, len(tokenizer), Profile.load("mini").text)
+    subset.save_q_diff(q_diff, *counts, policies.fingerprint(tokenizer))
+    return {"start": str(start), "lists": str(lists), "q_diff": str(q_diff)}
+
+
+def profile(processes=1, **more):
+    return Profile.load("mini", SETTINGS | more | {"launch.processes": processes})
+
+
+def trained(folder, processes, given, **run):
+    """(log, weights, summary) of a training of DEFT-PRO with a calibrated omega."""
+    folder.mkdir(exist_ok=True)
+    run = {"method": "deft-pro", "seed": 0, "omega": vars(Omega("ratio", 0.5, 2)), **given, **run}
+    train_into = one_run.train_into if processes == 1 else launch.launched
+    train_into(profile=profile(processes), folder=folder, **run)
+    return read_log(folder), load_file(folder / "model.safetensors"), json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    """`trained` in two processes, uninterrupted."""
+    return trained(tmp_path_factory.mktemp("whole"), 2, given)
+
+
+def test_two_processes_train_what_one_trains(given, whole, tmp_path):
+    one_log, one, of_one = trained(tmp_path / "one", 1, given)
+    log, two, of_two = whole
+    assert of_two["launch"] == {"processes": 2, "config": "ddp", "nodes": 1} and "launch" not in of_one
+    assert of_two["updates"] == of_one["updates"] == len(log) == UPDATES
+    assert of_two["omega"] == pytest.approx(of_one["omega"], rel=1e-6)
+    for name in ("loss", "R_dis", "loss_method", "gradient_ratio"):
+        assert log[0][name] == pytest.approx(one_log[0][name], abs=1e-6), name
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def ranks(folder):
+    """Process ids of a launched training, by rank."""
+    found = {}
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command, environment = (
+                Path(f"/proc/{number}/{of}").read_text().split("\0") for of in ("cmdline", "environ")
+            )
+            if str(folder) in command and "torch.distributed.run" not in command:
+                found[int(next(e for e in environment if e.startswith("RANK=")).partition("=")[2])] = int(number)
+        except (OSError, StopIteration):
+            continue
+    return found
+
+
+def kill_when_saved(folder, rank):
+    """Kill one process as soon as a checkpoint is complete."""
+    while not list((folder / "checkpoints").glob("*/COMPLETE")):
+        time.sleep(0.02)
+    os.kill(ranks(folder)[rank], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_training_of_which_one_process_was_killed_goes_on(rank, given, whole, tmp_path, capsys):
+    folder = tmp_path / "killed"
+    killer = threading.Thread(target=kill_when_saved, args=(folder, rank), daemon=True)
+    killer.start()
+    with pytest.raises(LaunchError, match="training in 2 processes failed"):
+        trained(folder, 2, given)
+    killer.join()
+    deadline = time.time() + 20
+    while ranks(folder) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not ranks(folder), "the other process ended too"
+    capsys.readouterr()
+    log, weights, summary = trained(folder, 2, given)
+    assert "resuming from checkpoint-" in capsys.readouterr().out
+    assert summary["omega"] == whole[2]["omega"] and [entry["step"] for entry in log] == list(range(1, UPDATES + 1))
+    for name, weight in whole[1].items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)
+
+
+def test_the_processes_end_when_the_one_that_publishes_is_killed(given, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = {"method": "pro", "seed": 0, "omega": 0.0, **given}
+    source = (
+        "from pathlib import Path\nfrom deftlib.profile import Profile\nfrom deftlib.training import launch\n"
+        f"profile = Profile.load('mini', {SETTINGS | {'launch.processes': 2, 'training.pro.epochs': 500.0}!r})\n"
+        f"launch.launched(profile, Path({str(folder)!r}), **{run!r})"
+    )
+    publisher = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.DEVNULL)
+    while not list((folder / "checkpoints").glob("*/COMPLETE")):
+        assert publisher.poll() is None
+        time.sleep(0.1)
+    assert len(ranks(folder)) == 2
+    publisher.kill()
+    publisher.wait()
+    deadline = time.time() + 20
+    while ranks(folder) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not ranks(folder)
+
+
+def test_the_first_error_of_a_process_is_told_in_one_sentence(given, tmp_path):
+    with pytest.raises(LaunchError, match=r"^training in 2 processes failed: process \d: .*nowhere"):
+        trained(tmp_path / "run", 2, given | {"start": str(tmp_path / "nowhere")})
+
+
+# ---- how the work is dealt -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "processes", "own"),
+    [
+        (16, 1, 1, (16, 1)),
+        (16, 1, 2, (8, 1)),
+        (1, 8, 8, (1, 1)),
+        (1, 8, 2, (1, 4)),
+        (4, 3, 2, (3, 2)),
+        (6, 2, 4, (3, 1)),
+    ],
+)
+def test_all_processes_together_see_the_lists_of_an_update(size, accumulation, processes, own):
+    one = Profile.load("mini", {"training.batch_size": size, "training.gradient_accumulation": accumulation})
+    shared = launch.share(dataclasses.replace(one, launch=Launch(processes))).training
+    assert (shared.batch_size, shared.gradient_accumulation) == own
+    assert shared.batch_size * shared.gradient_accumulation * processes == size * accumulation
+    assert shared.batch_size <= size, "no process needs more memory than one did"
+
+
+def test_lists_that_cannot_be_dealt_evenly_are_refused_with_the_numbers():
+    with pytest.raises(LaunchError, match=r"^8 lists an update .* cannot be dealt evenly over launch.processes=3$"):
+        launch.share(Profile.load("mini", {"launch.processes": 3}))
+
+
+def test_two_machines_are_reached_through_slurm(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(LaunchError, match=r"launch\.nodes=2 needs a Slurm allocation"):
+        launch.command(Launch(16, "fsdp2", 2))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    command = launch.command(Launch(16, "fsdp2", 2))
+    assert command[:3] == ["srun", "--nodes=2", "--ntasks-per-node=1"]
+    assert {"--nproc-per-node=8", "--nnodes=2", "--rdzv-id=77"} <= set(command)
+    with pytest.raises(LaunchError, match="cannot be dealt evenly over 2 nodes"):
+        launch.command(Launch(3, "ddp", 2))
+
+
+def test_fsdp_has_checkpointing_of_its_own():
+    sharded = profile(2, **{"launch.config": "fsdp2", "training.gradient_checkpointing": True})
+    arguments = launch.arguments(sharded)
+    assert arguments["fsdp"] and arguments["gradient_checkpointing"] is False
+    assert arguments["fsdp_config"]["version"] == 2 and arguments["fsdp_config"]["activation_checkpointing"]
+    assert launch.arguments(profile(2)) == {}
