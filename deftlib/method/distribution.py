@@ -111,17 +111,52 @@ def mean_response_hidden(hidden, labels):
     return _response_mean(hidden, labels)
 
 
+def folded_reward_or_zero(hidden, labels, direction, offset=0.0):
+    """(R_dis[B], bool[B]): `folded_reward`, but 0 for a row without any response token; and which rows have one.
+
+    Never waits for the device, as the check in `folded_reward` does: what a training step takes.
+    """
+    sums, counts = _response_sums(hidden, labels)
+    has_any = (counts > 0).squeeze(-1)
+    rewards = (sums / counts.clamp(min=1) * direction).sum(-1) + offset
+    return rewards.masked_fill(~has_any, 0), has_any
+
+
+def folded_reward_of_segments(hidden, labels, segments, direction, offset=0.0):
+    """(R_dis[S], bool[S]) of responses that share rows, packed one behind another; S = N * T, most of them empty.
+
+    hidden: float[N, T, d]. labels: int[N, T], -100 at the first token of every segment: what predicts it stands in
+    another. segments: int[N, T], the number of the segment that a token belongs to, below N * T. Equal to
+    `folded_reward_or_zero` of the segments in rows of their own. The mean is taken over h . direction, so nothing of
+    size [S, d] is made, and nothing waits for the device to tell how many segments there are.
+    """
+    is_response = labels[:, 1:] != IGNORED
+    scored = hidden[:, :-1].masked_fill(~is_response.unsqueeze(-1), 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        projected = scored.to(direction.dtype) @ direction
+    owners = segments[:, 1:].flatten()
+    empty = projected.new_zeros(segments.numel())
+    sums = empty.index_add(0, owners, projected.flatten())
+    counts = empty.index_add(0, owners, is_response.flatten().to(empty.dtype))
+    return (sums / counts.clamp(min=1) + offset).masked_fill(counts == 0, 0), counts > 0
+
+
 def _response_mean(values, labels):
     """Mean of values[B, T, k] over the positions t that predict a response token: [B, k]."""
-    if values.shape[:-1] != labels.shape:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit values of shape {tuple(values.shape)}")
-    is_response = labels[..., 1:] != IGNORED
-    counts = is_response.sum(-1, keepdim=True)
+    sums, counts = _response_sums(values, labels)
     if (counts == 0).any():
         rows = (counts == 0).squeeze(-1).nonzero().squeeze(-1).tolist()
         raise ValueError(f"R_dis is a mean over response tokens, but rows {rows} have none; drop them first")
+    return sums / counts
+
+
+def _response_sums(values, labels):
+    """(sums[B, k], int counts[B, 1]) of values[B, T, k] over the positions t that predict a response token."""
+    if values.shape[:-1] != labels.shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit values of shape {tuple(values.shape)}")
+    is_response = labels[..., 1:] != IGNORED
     scored = values[..., :-1, :].masked_fill(~is_response.unsqueeze(-1), 0)  # not a product: 0 * inf is NaN
-    return scored.sum(-2, dtype=_precise(values.dtype)) / counts
+    return scored.sum(-2, dtype=_precise(values.dtype)), is_response.sum(-1, keepdim=True)
 
 
 def _precise(dtype):

@@ -31,12 +31,9 @@ def output_head(model):
     """(W[V, d], b[V] or None, scale): the logits are scale * (W h + b), one hidden state h for each token.
 
     Under PEFT these are the weights in use: of a head in `modules_to_save` or with trainable tokens, the trained copy.
-    Raises HeadError by name where that is not so: soft-capped logits, an adapter on the head, virtual tokens, an
-    encoder-decoder, no head at all. There the identity of `distribution` fails.
+    A head that FSDP2 has sharded by itself is gathered. Raises HeadError by name where the logits are anything else:
+    soft-capped, an adapter on the head, an encoder-decoder, no head at all. There the identity of `distribution` fails.
     """
-    for adapter in getattr(model, "peft_config", {}).values():
-        if adapter.is_prompt_learning:
-            raise HeadError(f"{adapter.peft_type.value} adds virtual tokens: R_dis needs one hidden state per token")
     model = base_model(model)
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
@@ -49,16 +46,39 @@ def output_head(model):
         raise HeadError(f"{type(model).__name__} has no output head over a vocabulary: R_dis is not defined")
     if hasattr(head, "base_layer"):  # `weight` would be the frozen one
         raise HeadError("an adapter sits on the output head: leave it out of target_modules, or use modules_to_save")
-    return head.weight, getattr(head, "bias", None), _logit_scale(config)
+    return _whole(head.weight), _whole(getattr(head, "bias", None)), _logit_scale(config)
+
+
+def _whole(parameter):
+    """A parameter, gathered where it is a shard; its gradient is then the mean over processes, as FSDP2's is."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial  # not on every build of torch
+
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # each process adds its own to the gradient
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
+
+
+def virtual_tokens(model):
+    """How many hidden states a PEFT adapter may put before those of a batch: prompt tuning does, prefix tuning not."""
+    adapters = getattr(model, "peft_config", {}).values()
+    return max((adapter.num_virtual_tokens for adapter in adapters if adapter.is_prompt_learning), default=0)
 
 
 @torch.no_grad()
 def check_head(model):
     """Raises HeadError unless some logits of the model are what `output_head` says: finds heads that no name tells.
 
-    Compares a few tokens and a few rows of the head, in evaluation mode, up to rounding in the model's own precision.
+    Compares a few tokens and a few rows of the head, in evaluation mode, up to rounding in the model's own precision;
+    without virtual tokens. Weights that are still to come from the first process (meta) are left to it.
     """
+    model = base_model(model) if virtual_tokens(model) else model
     weight, bias, scale = output_head(model)
+    if weight.is_meta:
+        return
     rows, training = slice(0, 64), model.training
     ids = torch.arange(min(8, len(weight)), device=weight.device).unsqueeze(0)
     model.eval()

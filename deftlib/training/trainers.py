@@ -2,7 +2,7 @@
 
 A method that is a loss over ranked lists is one line of `LIST_METHODS`. A batch of such a trainer is flat: `input_ids,
 attention_mask, labels: int[N, T]` with the responses of all lists one under another, `rewards: float[N]`, and
-`list_lengths: int[B]`, the responses of each list, best first; lists of different lengths may share a batch.
+`list_lengths`, B ints, the responses of each list, best first; lists of different lengths may share a batch.
 """
 
 import copy
@@ -18,9 +18,10 @@ from transformers import Trainer
 from trl import DPOTrainer, RLOOTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from deftlib.method import heads, losses
+from deftlib.method import losses
 from deftlib.method.distribution import IGNORED
-from deftlib.method.guidance import DistributionGuided, outputs_of
+from deftlib.method.guidance import DistributionGuided
+from deftlib.method.passes import at_the_head, outputs_of
 from deftlib.models import policies
 
 # TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses, about half the time.
@@ -117,7 +118,8 @@ class RankedListTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False  # a mean over the lists of one micro-batch
-    num_tokens = 0
+    num_tokens = 0  # of all processes, up to the last log
+    _tokens_since = 0  # of this one, on its device: reading them in every step would wait for it
 
     def __init__(self, *args, list_loss, reference=None, scores_last_end=True, **kwargs):
         super().__init__(*args, **kwargs)
@@ -130,14 +132,15 @@ class RankedListTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
-            self.num_tokens += int(inputs["attention_mask"].sum())
+            self._tokens_since = self._tokens_since + inputs["attention_mask"].sum()
         loss, scored = self.loss_of(model, inputs)
         return (loss, scored) if return_outputs else loss
 
     def loss_of(self, model, inputs):
         """(loss, {"sums": [N], "counts": [N]}) of a flat batch: one rectangle for each length of list."""
         scores, lengths = self.scores(model, inputs), inputs["list_lengths"]
-        of_lists = [len(rows) * self.list_loss(scores.of(rows)) for rows in rows_by_length(lengths)]
+        there = partial(torch.Tensor.to, device=scores.sums.device, non_blocking=True)
+        of_lists = [len(rows) * self.list_loss(scores.of(there(rows))) for rows in rows_by_length(lengths)]
         return sum(of_lists) / len(lengths), {"sums": scores.sums, "counts": scores.counts}
 
     def scores(self, model, inputs):
@@ -160,17 +163,21 @@ class RankedListTrainer(Trainer):
         return response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
 
     def log(self, logs, start_time=None):
+        if torch.is_tensor(self._tokens_since):
+            self.num_tokens += int(self.accelerator.reduce(self._tokens_since, "sum"))
+            self._tokens_since = 0
         super().log({**logs, "num_tokens": self.num_tokens}, start_time)
 
 
 def rows_by_length(list_lengths):
     """Where the responses of the lists of each length stand in a flat batch: one int[B', L] for each L.
 
-    list_lengths: int[B].
+    list_lengths: B ints. They stay on the host, and so does this.
     """
-    starts = list_lengths.cumsum(0) - list_lengths
-    for length in list_lengths.unique().tolist():
-        yield starts[list_lengths == length].unsqueeze(-1) + torch.arange(length, device=starts.device)
+    lengths = torch.as_tensor(list_lengths)
+    starts = lengths.cumsum(0) - lengths
+    for length in lengths.unique().tolist():
+        yield starts[lengths == length].unsqueeze(-1) + torch.arange(length)
 
 
 def without_end_of_longest(input_ids, attention_mask, labels, eos_token_id):
@@ -187,45 +194,39 @@ def without_end_of_longest(input_ids, attention_mask, labels, eos_token_id):
 
 def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
     """(sums[N], counts[N]) of the responses, as `losses.sequence_log_probs`, without logits for other positions."""
-    hidden = response_hidden(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
-    log_probs, is_response = selected_log_probs(unwrapped, hidden, labels)
-    return log_probs.sum(-1), is_response.sum(-1)
+    log_probs = response_token_log_probs(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
+    return log_probs.sum(-1), (labels[:, 1:] != IGNORED).sum(-1)
 
 
-def response_hidden(model, unwrapped, labels, **inputs):
-    """Last hidden states [R, d] at the R positions that predict a response token, in the order of the rows.
+def response_token_log_probs(model, unwrapped, labels, **inputs):
+    """Log-probabilities [N, T - 1] of the response tokens, 0 elsewhere, as `losses.token_log_probs`."""
+    of_target = lambda logits, targets: -cross_entropy(logits.float(), targets, reduction="none")
+    return at_responses(of_target, model, unwrapped, labels, **inputs)
+
+
+def at_responses(function, model, unwrapped, labels, **inputs):
+    """`function(logits[R, V], targets[R])` -> [R] of the R positions that predict a response token: [N, T - 1], else 0.
 
     labels: int[N, T]. inputs: of the model. Selecting positions before the head needed the least memory of all ways
-    tried.
+    tried. No more than LOGITS_AT_ONCE logits at a time; several chunks are computed anew in the backward pass.
     """
-    with outputs_of(heads.backbone(unwrapped), only_with_gradients=False) as captured:
-        # through `model` itself, so that a distributed wrapper sees the pass; the head runs on one position only
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    return captured[0].last_hidden_state[:, :-1][labels[:, 1:] != IGNORED]
-
-
-def of_logits(function, unwrapped, hidden, *rows):
-    """`function(logits[R, V], *rows)` -> [R], of hidden[R, d], with no more than LOGITS_AT_ONCE logits at a time.
-
-    rows: what else the function takes for each of them, [R]. Several chunks are computed anew in the backward pass.
-    """
-    weight, bias, scale = heads.output_head(unwrapped)
-    run = lambda hidden, *rows: function(scale * linear(hidden, weight, bias), *rows)
-    at_once = max(LOGITS_AT_ONCE // len(weight), 1)
-    if len(hidden) <= at_once:
-        return run(hidden, *rows)
-    chunks = zip(hidden.split(at_once), *(values.split(at_once) for values in rows))
-    kept = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
-    return torch.cat([kept(*chunk) for chunk in chunks])
-
-
-def selected_log_probs(unwrapped, hidden, labels):
-    """(log_probs[N, T - 1], is_response[N, T - 1]), as `losses.token_log_probs`, from `response_hidden`."""
     targets = labels[:, 1:]
     is_response = targets != IGNORED
-    token = lambda logits, target: -cross_entropy(logits.float(), target, reduction="none")
-    log_probs = of_logits(token, unwrapped, hidden, targets[is_response])
-    return log_probs.new_zeros(targets.shape).masked_scatter(is_response, log_probs), is_response
+    rows, columns = is_response.nonzero(as_tuple=True)
+
+    def in_chunks(hidden, weight, bias, scale):
+        states = hidden[rows, columns + hidden.shape[1] - labels.shape[1]].to(weight.dtype)  # virtual tokens are first
+        run = lambda states, targets: function(scale * linear(states, weight, bias), targets)
+        at_once = max(LOGITS_AT_ONCE // len(weight), 1)
+        if len(states) <= at_once:
+            return run(states, targets[rows, columns])
+        kept = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
+        return torch.cat([kept(*chunk) for chunk in zip(states.split(at_once), targets[rows, columns].split(at_once))])
+
+    with at_the_head(unwrapped, in_chunks, only_with_gradients=False) as found:
+        # through `model` itself, so that a distributed wrapper sees the pass; its own logits are of one position
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return found[0].new_zeros(targets.shape).masked_scatter(is_response, found[0])
 
 
 def collate_lists(rows, pad_token_id, prefix_ids=None):
@@ -239,7 +240,7 @@ def collate_lists(rows, pad_token_id, prefix_ids=None):
         prefixed = [([*prefix_ids, *row["prompt_ids"]], r) for row in rows for r in row["response_ids"]]
         batch |= {f"quality_{name}": values for name, values in _padded(prefixed, pad_token_id).items()}
     batch["rewards"] = torch.tensor([reward for row in rows for reward in row["rewards"]])
-    batch["list_lengths"] = torch.tensor([len(row["response_ids"]) for row in rows])
+    batch["list_lengths"] = [len(row["response_ids"]) for row in rows]
     return batch
 
 
@@ -269,19 +270,28 @@ class IntuitiveTrainer(RankedListTrainer):
     def __init__(self, model, *args, mixing=0.2, gamma=0.95, detach_weights=False, **kwargs):
         super().__init__(model, *args, list_loss=None, **kwargs)
         self.mixing, self.gamma, self.detach_weights = mixing, gamma, detach_weights
-        self.frozen_embedding = copy.deepcopy(model.get_input_embeddings()).requires_grad_(False).to(self.args.device)
+        embedding, device = copy.deepcopy(model.get_input_embeddings()).requires_grad_(False), self.args.device
+        is_to_come = embedding.weight.is_meta  # FSDP2 may load weights in the first process alone
+        self.frozen_embedding = embedding.to_empty(device=device) if is_to_come else embedding.to(device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast(self.frozen_embedding.weight, src=0)
 
     def loss_of(self, model, inputs):
-        ids, labels, mask = inputs["input_ids"], inputs["labels"], {"attention_mask": inputs["attention_mask"]}
+        labels, rows = inputs["labels"], {name: inputs[name] for name in ("input_ids", "attention_mask")}
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad():
-            hidden = response_hidden(model, unwrapped, labels, input_ids=ids, **mask)
-            first = of_logits(lambda logits: logits.argmax(-1), unwrapped, hidden)
-            predicted = ids.new_zeros(labels[:, 1:].shape).masked_scatter(labels[:, 1:] != IGNORED, first)
-            own = self.frozen_embedding(losses.greedy_inputs(ids, labels, predicted))
-        mixed = losses.intuitive_embeddings(unwrapped.get_input_embeddings()(ids), own, self.mixing)
-        hidden = response_hidden(model, unwrapped, labels, inputs_embeds=mixed, **mask)
-        log_probs, is_response = selected_log_probs(unwrapped, hidden, labels)
+            likeliest = lambda logits, targets: logits.argmax(-1)
+            predicted = at_responses(likeliest, model, unwrapped, labels, **rows)
+            own = self.frozen_embedding(losses.greedy_inputs(inputs["input_ids"], labels, predicted))
+        mix = lambda module, args, embedded: losses.intuitive_embeddings(embedded, own, self.mixing)
+        handle = unwrapped.get_input_embeddings().register_forward_hook(
+            mix
+        )  # in the pass: else no wrapper would see it
+        try:
+            log_probs = response_token_log_probs(model, unwrapped, labels, **rows)
+        finally:
+            handle.remove()
+        is_response = labels[:, 1:] != IGNORED
         loss = losses.ift_loss(log_probs, is_response, self.gamma, self.detach_weights)
         return loss, {"sums": log_probs.sum(-1), "counts": is_response.sum(-1)}
 
@@ -300,11 +310,15 @@ class PairTrainer(DPOTrainer):
         return dataset  # TRL would tokenise again, drop long prompts and cut replies by its own rules
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with outputs_of(self.accelerator.unwrap_model(model)) as captured:
+        with outputs_of(self.accelerator.unwrap_model(model), only_with_gradients=False) as captured:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not (self.summed_sft_weight and captured):
+        if not self.summed_sft_weight:
             return result
-        chosen = captured[0].log_probs.chunk(2)[0]
+        if not captured or getattr(captured[0], "log_probs", None) is None:
+            raise ValueError(
+                "this TRL's pass over the pairs shows no log_probs, so the SFT term cannot be added: use 0"
+            )
+        chosen = captured[0].log_probs.chunk(2)[0]  # the policy's pass is the first; LoRA's reference runs it once more
         loss = result[0] if return_outputs else result
         loss = loss + self.summed_sft_weight * losses.sft_loss(chosen.sum(1))
         return (loss, result[1]) if return_outputs else loss

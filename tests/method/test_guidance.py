@@ -26,9 +26,11 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from deftlib.method.distribution import distribution_reward
-from deftlib.method.guidance import DistributionGuided, best_responses, outputs_of
+from deftlib.method.guidance import DistributionGuided
 from deftlib.method.heads import HeadError, check_head
 from deftlib.method.losses import pro_loss, rrhf_loss
+from deftlib.method.passes import outputs_of
+from deftlib.method.responses import best_responses
 from deftlib.models.loop import arguments
 from deftlib.training import encoding, trainers
 
@@ -100,6 +102,12 @@ def printed_reward(model, lists, q_diff, tokenizer):
         logits = model(input_ids=ids).logits
         rewards.append(distribution_reward(logits, labels, q_diff)[0])
     return torch.stack(rewards)
+
+
+def rewards_seen(trainer):
+    """R_dis of each best response of the first micro-batch since the last log, sorted: [k]."""
+    values, scored = trainer._guided["R_dis"][0]
+    return values[scored].sort()[0]
 
 
 def first_batch(trainer):
@@ -215,7 +223,7 @@ def test_the_trainer_sees_r_dis_as_printed(head, method, make_trainer, make_mode
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(model, first_batch(trainer))
     expected = printed_reward(model, lists, q_diff, tokenizer).detach()
-    torch.testing.assert_close(trainer._guided["R_dis"][0].sort()[0], expected.sort()[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rewards_seen(trainer), expected.sort()[0], rtol=1e-5, atol=1e-5)
     assert abs(expected.mean()) > 1e-3
 
 
@@ -224,12 +232,13 @@ def test_only_tokens_of_the_best_response_count_and_eos_does_not(method, make_tr
     lists = make_lists(4, LENGTHS[method])
     trainer = make_trainer(method, make_model(), lists, reference=make_model() if method == "dpo" else None)
     batch = first_batch(trainer)
-    labels, count = best_responses(batch, end_ids=[1])
-    tokens = [[t for t in row.tolist() if t != -100] for row in labels]
+    found = best_responses(batch, end_ids=[1])
+    tokens = [[t for t in row.tolist() if t != -100] for row in found.labels]
     best = [row["response_ids"][0][:-1] for row in lists]
     assert sorted(row for row in tokens if row) == sorted(best)
-    assert count == len(lists)
-    assert torch.equal(batch["input_ids"][labels != -100], labels[labels != -100])
+    assert found.count == len(lists) and found.of == len(batch["input_ids"])
+    scored = found.labels != -100
+    assert torch.equal(batch["input_ids"][found.rows][scored], found.labels[scored])
 
 
 def test_lists_of_different_lengths_share_a_batch(make_trainer, make_model, make_lists, q_diff, tokenizer):
@@ -238,7 +247,7 @@ def test_lists_of_different_lengths_share_a_batch(make_trainer, make_model, make
     model.train()
     trainer.compute_loss(model, first_batch(trainer))
     expected = printed_reward(model, lists, q_diff, tokenizer).detach()
-    torch.testing.assert_close(trainer._guided["R_dis"][0].sort()[0], expected.sort()[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rewards_seen(trainer), expected.sort()[0], rtol=1e-5, atol=1e-5)
 
 
 def test_soft_capped_heads_are_refused_by_name(make_trainer, make_lists):
@@ -265,12 +274,6 @@ def test_a_trainer_without_a_tokenizer_is_refused(make_model, q_diff, tmp_path):
 
     with pytest.raises(ValueError, match="needs a tokenizer as processing_class"):
         DeftTrainer(make_model(), TrainingArguments(tmp_path, use_cpu=True), q_diff=q_diff)
-
-
-@pytest.mark.parametrize("option", ["packing", "padding_free"])
-def test_batches_without_one_response_per_row_are_refused(option, make_trainer, make_model, make_lists):
-    with pytest.raises(ValueError, match="packing and padding_free are refused"):
-        make_trainer("sft", make_model(attn_implementation="eager"), make_lists(), max_steps=1, **{option: True})
 
 
 def test_q_diff_of_another_vocabulary_is_refused(make_trainer, make_model, make_lists, q_diff):
@@ -339,7 +342,7 @@ def test_lora_is_guided_by_the_adapted_pass_not_by_the_reference(
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, first_batch(trainer))
-    reward = trainer._guided["R_dis"][0].mean()
+    reward = rewards_seen(trainer).mean()
     adapted = printed_reward(trainer.model, lists, q_diff, tokenizer).mean()
     untouched = printed_reward(make_model(), lists, q_diff, tokenizer).mean()
     assert reward == pytest.approx(adapted.item(), rel=1e-5, abs=1e-5)
@@ -419,10 +422,9 @@ def test_calibration_reaches_the_wanted_gradient_ratio(
     plain = make_trainer(method, model, lists, guided=False, reference=reference)
     method_norms, guide_norms = [], []
     for batch in batches[:3]:
-        labels, count = best_responses(batch, [tokenizer.eos_token_id])
-        best = (labels != -100).any(1)
-        inputs = {name: batch[name][best] for name in ("input_ids", "attention_mask")}
-        reward = distribution_reward(model(**inputs).logits, labels[best], q_diff).sum() / count
+        best = best_responses(batch, [tokenizer.eos_token_id])
+        inputs = {name: batch[name][best.rows] for name in ("input_ids", "attention_mask")}
+        reward = distribution_reward(model(**inputs).logits, best.labels, q_diff).sum() / best.count
         guide_norms.append(gradient_norm(reward, model))
         method_norms.append(gradient_norm(plain.compute_loss(model, dict(batch)), model))
     assert omega * sum(guide_norms) / sum(method_norms) == pytest.approx(0.03, rel=1e-4)

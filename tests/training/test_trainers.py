@@ -71,7 +71,7 @@ def test_lists_lie_one_under_another_padded_on_the_right_and_labelled_on_respons
     assert batch["attention_mask"].sum(1).tolist() == [5, 3, 3, 3, 2]
     assert batch["labels"].tolist() == labels
     assert batch["rewards"].tolist() == [2.0, 1.0, 0.5, 0.0, -1.0]
-    assert batch["list_lengths"].tolist() == [2, 3]
+    assert batch["list_lengths"] == [2, 3]
 
 
 def test_the_quality_rows_have_the_prefix_before_the_prompt():
@@ -90,7 +90,7 @@ def test_a_padding_token_inside_a_response_still_counts():
 
 
 def test_the_responses_of_each_length_of_list_form_one_rectangle():
-    rows = [rows.tolist() for rows in trainers.rows_by_length(torch.tensor([3, 2, 3]))]
+    rows = [rows.tolist() for rows in trainers.rows_by_length([3, 2, 3])]
     assert rows == [[[3, 4]], [[0, 1, 2], [5, 6, 7]]]
 
 
@@ -159,13 +159,13 @@ def test_selected_positions_give_the_log_probabilities_of_full_logits(
 
 def test_a_chunk_of_logits_is_computed_anew_and_none_is_held_for_the_backward_pass(make_model, monkeypatch):
     monkeypatch.setattr(trainers, "LOGITS_AT_ONCE", 7 * SMALL["vocab_size"])
-    hidden, chunks, held = torch.randn(16, SMALL["hidden_size"], requires_grad=True), [], []
-    largest = lambda logits: chunks.append(len(logits)) or logits.logsumexp(-1)
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: held.append(kept.shape) or kept, lambda kept: kept):
-        total = trainers.of_logits(largest, make_model(), hidden).sum()
-    assert chunks == [7, 7, 2] and not any(SMALL["vocab_size"] in shape[1:] for shape in held)
+    model, ids, chunks, held = make_model(), torch.arange(3, 20).unsqueeze(0), [], []
+    largest = lambda logits, targets: chunks.append(len(logits)) or logits.logsumexp(-1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: held.append((*kept.shape,)) or kept, lambda kept: kept):
+        total = trainers.at_responses(largest, model, model, ids, input_ids=ids).sum()
+    assert chunks == [7, 7, 2] and not {(7, SMALL["vocab_size"]), (2, SMALL["vocab_size"])} & set(held)
     total.backward()
-    assert sorted(chunks) == [2, 2, 7, 7, 7, 7] and hidden.grad.abs().sum() > 0
+    assert sorted(chunks) == [2, 2, 7, 7, 7, 7] and model.lm_head.weight.grad.abs().sum() > 0
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------------
