@@ -28,7 +28,7 @@ from deftlib.evaluation import mini_bench, questions
 from deftlib.evaluation.questions import OTHER, TEMPERATURES, WITH_REFERENCE, MTBenchError, lines
 from deftlib.intervals import Samples, mean_interval
 from deftlib.models import endpoint, generation
-from deftlib.models.policies import load_tokenizer, start_policy
+from deftlib.models.policies import load_tokenizer, positions, start_policy
 from deftlib.profile import Endpoint, Profile, add_options
 from deftlib.training import train
 
@@ -51,16 +51,19 @@ def all_answers(profile, bench):
 def answers(profile, bench, policy, seed=0):
     """What a policy answers in both turns: DataFrame of seed, question_id, category, turn (1, 2), answer, words, cut.
 
-    policy: folder, hub id or `Endpoint`. The published `model_answer.jsonl` has FastChat's format. cut: the answer
-    fills `mt_bench.max_new_tokens`; None where the policy's tokenizer is not at hand.
+    policy: folder, hub id or `Endpoint`. Conversations are cut as `text_for` says. The published `model_answer.jsonl`
+    has FastChat's format. cut: the answer fills `mt_bench.max_new_tokens`; None where the policy's tokenizer is not at
+    hand.
     """
-    text = replace(profile.text, prompt_tokens=profile.mt_bench.prompt_tokens)
+    text = text_for(profile, policy)
     limit, name = profile.mt_bench.max_new_tokens, generation.name_of(policy)
     key = {"policy": generation.identity(policy), "seed": seed, "questions": bench.questions}
     key |= {"dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
     key["batch_size"] = profile.generation.batch_size  # a batch is seeded by what is in it
 
     def produce(folder):
+        if text.prompt_tokens < profile.mt_bench.prompt_tokens:
+            print(f"  MT-Bench, {name}: its positions leave {text.prompt_tokens} tokens for a conversation", flush=True)
         said = [[] for _ in bench.questions]
         for turn in (1, 2):
             of_question = [TEMPERATURES.get(question["category"], OTHER) for question in bench.questions]
@@ -86,6 +89,23 @@ def answers(profile, bench, policy, seed=0):
             of_question = {"question_id": question["question_id"], "category": question["category"], "turn": turn}
             rows.append({"seed": seed, **of_question, "answer": answer, "words": len(answer.split()), "cut": cut})
     return pd.DataFrame(rows)
+
+
+def text_for(profile, policy):
+    """The profile's Text with the tokens of a conversation: `mt_bench.prompt_tokens`, or what the policy's positions
+    leave beside an answer of `mt_bench.max_new_tokens`.
+
+    LLaMA's 2,048 leave 1,024. FastChat's server cuts so too; its `llm_judge` reads past the last position that a model
+    knows. Raises ValueError if nothing is left.
+    """
+    most, limit = profile.mt_bench.prompt_tokens, profile.mt_bench.max_new_tokens
+    if not isinstance(policy, Endpoint) and (known := positions(policy)):
+        if known <= limit:
+            raise ValueError(
+                f"{policy} has {known} positions, and answers may take {limit}: lower mt_bench.max_new_tokens"
+            )
+        most = min(most, known - limit)
+    return replace(profile.text, prompt_tokens=most)
 
 
 def conversation(turns, said):

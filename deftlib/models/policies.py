@@ -78,6 +78,11 @@ def origin(source):
         raise ModelError(f"{source} is no folder here, and {error}; check the name and the network") from error
 
 
+def positions(source):
+    """How many tokens a model can read at once; None where its configuration does not say."""
+    return getattr(AutoConfig.from_pretrained(**origin(source)).get_text_config(), "max_position_embeddings", None)
+
+
 def identity(source):
     """What a model is, for the key of a result made from it: the digest of a published folder, the names, sizes and
     times of another folder's files (a rewritten model is another model), or the hub id and its revision."""

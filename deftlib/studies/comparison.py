@@ -38,6 +38,7 @@ STEPS = {  # what DEFT-m minus m is made of: {name: (more of it, less of it)}, r
     "better lists": ("level A", "random lists"),
     "R_dis": ("deft", "level A"),
 }
+COLUMNS = ["plain ms", "DEFT ms", "added (%)", "low", "high", "plain MB", "DEFT MB"]  # of `overhead`
 
 
 def trained(profile):
@@ -180,32 +181,43 @@ def overhead(profile, methods=("sft", "dpo", "pro"), rounds=10):
     A pass holds all that the method runs (of DPO the reference too), but no optimizer, no calibration and no logging of
     the gradient ratio. plain ms, DEFT ms: medians; added (%): mean of the rounds' ratios, with its 95 % interval over
     rounds; plain MB, DEFT MB: peaks above what the process held before. The batch is of level A, the policy the start
-    policy; the two passes take turns at being first, after two rounds that warm up.
+    policy; the two passes take turns at being first, after two rounds that warm up. One device measures: a method whose
+    models and gradients do not fit there (LLaMA-7B in float32 with its reference) has an empty row, and a line says so.
     """
     graded, start = subset.graded(profile, profile.training.gradings[0]), policies.start_policy(profile)
+    given = (graded.level_a, graded.folder / "q_diff.npz")
     rows = {}
     for method in methods:
-        with tempfile.TemporaryDirectory() as folder:
-            given = (graded.level_a, graded.folder / "q_diff.npz")
-            trainer = building.build(Path(folder), profile, method, 0, start, *given)
-            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        trainer.omega, trainer.ratio_steps = 1.0, 0
-        trainer.model.train()
-        losses = super(DistributionGuided, trainer).compute_loss, trainer.compute_loss
-        seconds = np.empty((rounds + 2, 2))
-        for turn, row in enumerate(seconds):
-            for which in (0, 1) if turn % 2 == 0 else (1, 0):
-                row[which] = _seconds_of_pass(trainer, losses[which], batch)
-        seconds = seconds[2:]
-        added = mean_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
-        row = dict(zip(["plain ms", "DEFT ms"], 1000 * np.median(seconds, 0)))
-        row |= {"added (%)": added.mean, "low": added.low, "high": added.high}
-        for name, loss in zip(["plain MB", "DEFT MB"], losses):
-            with PeakMemory() as peak:
-                _seconds_of_pass(trainer, loss, batch)
-            row[name] = peak.bytes / 2**20
-        rows[method] = row
+        try:
+            rows[method] = _overhead_of(profile, method, start, given, rounds)
+        except torch.OutOfMemoryError:
+            rows[method] = dict.fromkeys(COLUMNS, np.nan)
+            print(f"  a pass of {method} does not fit one device: not measured", flush=True)
     return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def _overhead_of(profile, method, start, given, rounds):
+    """A row of `overhead`: {column: value}. Its trainer, and the models with it, are gone when this returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = building.build(Path(folder), profile, method, 0, start, *given)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.omega, trainer.ratio_steps = 1.0, 0
+    trainer.model.train()
+    if trainer.args.gradient_checkpointing:  # as `train()` does
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    losses = super(DistributionGuided, trainer).compute_loss, trainer.compute_loss
+    seconds = np.empty((rounds + 2, 2))
+    for turn, row in enumerate(seconds):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            row[which] = _seconds_of_pass(trainer, losses[which], batch)
+    seconds = seconds[2:]
+    added = mean_interval(100 * (seconds[:, 1] / seconds[:, 0] - 1))
+    peaks = []
+    for loss in losses:
+        with PeakMemory() as peak:
+            _seconds_of_pass(trainer, loss, batch)
+        peaks.append(peak.bytes / 2**20)
+    return dict(zip(COLUMNS, [*1000 * np.median(seconds, 0), added.mean, added.low, added.high, *peaks], strict=True))
 
 
 def _seconds_of_pass(trainer, compute_loss, batch):

@@ -20,7 +20,7 @@ from deftlib.training import subset
 
 LOWEST, HIGHEST, LEVEL_A, RANDOM = "lowest R_dis", "highest R_dis", "level A", "random"
 CHOICES = (LOWEST, HIGHEST, LEVEL_A, RANDOM)
-POOL = ("pool", "reward_eval")  # of lists that r_train never saw
+POOL = ("pool", "reward_eval")  # of lists that r_train never saw; a finished r_eval has no part
 STRENGTHS = (10000.0, 1000.0, 100.0, 10.0)
 
 
@@ -33,7 +33,7 @@ def right_by_choice(profile, parts):
     settings = profile.filtering
     shares = sorted({*settings.shares, profile.grading.keep})
     r_train = rewards.judge(profile, "train", parts)
-    key = {"lists": [store.digest(parts / f"{name}.parquet") for name in (*POOL, "dev")], "shares": shares}
+    key = {"lists": [store.digest(path) for path in (*_pool_paths(parts), parts / "dev.parquet")], "shares": shares}
     key |= {"features": features.identity(profile, settings.features), "draws": settings.draws}
     key |= {"start": features.identity(profile, "policy"), "r_train": r_train.identity()}
 
@@ -48,7 +48,7 @@ def right_by_choice(profile, parts):
 
 
 def _all_draws(profile, parts, r_train, shares):
-    paths = [parts / f"{name}.parquet" for name in POOL]
+    paths = _pool_paths(parts)
     pool, vocabulary_size = _pool(profile, paths, r_train), subset.vocabulary_size(policies.start_policy(profile))
     held_gap, held_axis = _gaps(profile, parts / "dev.parquet")
     found = {}
@@ -68,6 +68,11 @@ def _all_draws(profile, parts, r_train, shares):
                     found.setdefault((choice, share, axis), []).append(hits)
         print(f"  filtering: draw {draw + 1} of {profile.filtering.draws}", flush=True)
     return {name: np.stack(rows) for name, rows in found.items() if rows[0].size}
+
+
+def _pool_paths(parts):
+    """Those of `POOL` that the profile deals."""
+    return [path for path in (parts / f"{name}.parquet" for name in POOL) if path.is_file()]
 
 
 def _pool(profile, paths, r_train):

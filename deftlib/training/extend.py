@@ -123,7 +123,8 @@ def _write_source(folder, data, parts, rows):
 
     The parts are cut by hash of the first human turn, so the longer lists alone would all fall to the policy again.
     """
-    others = {name: read_lists(parts / f"{name}.parquet") for name in ("reward_train", "reward_eval", "dev", "test")}
+    paths = [parts / f"{name}.parquet" for name in ("reward_train", "reward_eval", "dev", "test")]
+    others = {path.stem: read_lists(path) for path in paths if path.is_file()}  # a finished reward model has no part
     test = [] if data.shares.get("test") else list(others.pop("test"))
     _write_lines(folder / f"{data.split}.jsonl", [*rows, *(row for part in others.values() for row in part)])
     if test:

@@ -114,6 +114,18 @@ def test_an_answer_that_fills_the_limit_is_cut(policy):
     assert {True, False} == set(said["cut"])
 
 
+def test_conversations_are_cut_to_what_the_positions_leave_beside_an_answer(policy, capsys):
+    """The policy here has 128."""
+    assert mt_bench.text_for(mini(prompt_tokens=96, max_new_tokens=32), policy).prompt_tokens == 96
+    profile = mini(prompt_tokens=97, max_new_tokens=32)
+    assert mt_bench.text_for(profile, policy).prompt_tokens == 96
+    assert mt_bench.text_for(profile, Endpoint("http://localhost/v1", "big")).prompt_tokens == 97
+    with pytest.raises(ValueError, match=r"128 positions, and answers may take 128: lower mt_bench\.max_new"):
+        mt_bench.text_for(mini(max_new_tokens=128), policy)
+    mt_bench.answers(mini(prompt_tokens=999, max_new_tokens=120), BENCH, policy)
+    assert "MT-Bench, sft-seed0: its positions leave 8 tokens for a conversation" in capsys.readouterr().out
+
+
 def test_an_endpoint_gets_the_conversation_as_chat_messages(serve, project):
     server = serve(reply=lambda body: f"reply {len(body['messages'])}")
     said = mt_bench.answers(mini(), BENCH, Endpoint(server.url, "big"))

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from deftlib.evaluation import evaluate
 from deftlib.models import policies
 from deftlib.profile import Profile
 from deftlib.studies import comparison
-from deftlib.training import subset, train
+from deftlib.training import building, subset, train
 
 PROFILE = Profile.load("mini", {"comparison.methods": ["sft", "dpo"], "comparison.seeds": [0, 1]})
 
@@ -144,3 +145,35 @@ def test_trl_trainers_and_ours_are_timed(graded):
     table = comparison.overhead(PROFILE, methods=["sft", "pro"], rounds=2)
     assert list(table.index) == ["sft", "pro"]
     assert (table[["plain ms", "DEFT ms"]] > 0).all().all()
+
+
+def test_a_method_that_does_not_fit_one_device_has_an_empty_row_and_the_others_are_measured(
+    graded, monkeypatch, capsys
+):
+    build = building.build
+
+    def too_large(folder, profile, method, *given):
+        if method == "dpo":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(folder, profile, method, *given)
+
+    monkeypatch.setattr(building, "build", too_large)
+    table = comparison.overhead(PROFILE, methods=["sft", "dpo"], rounds=2)
+    assert table.loc["dpo"].isna().all() and table.loc["sft"].notna().all()
+    assert "a pass of dpo does not fit one device: not measured" in capsys.readouterr().out
+
+
+def test_a_pass_is_measured_as_training_makes_it(graded, monkeypatch):
+    """Under checkpointing too, which `train()` alone would turn on."""
+    checkpointed = []
+
+    def seconds(trainer, compute_loss, batch):
+        checkpointed.append(trainer.model.is_gradient_checkpointing)
+        return 1.0
+
+    monkeypatch.setattr(comparison, "_seconds_of_pass", seconds)
+    for wanted in (False, True):
+        profile = Profile.load("mini", {"training.gradient_checkpointing": wanted})
+        comparison.overhead(profile, methods=["sft"], rounds=2)
+        assert set(checkpointed) == {wanted}
+        checkpointed.clear()

@@ -59,6 +59,11 @@ def test_what_was_counted_and_chosen_from_was_not_seen_by_the_grader_nor_by_the_
     assert not pool & ids["reward_train"] and not pool & ids["dev"]
 
 
+def test_a_finished_r_eval_has_no_part_to_choose_from(tmp_path):
+    (tmp_path / "pool.parquet").touch()
+    assert filtering._pool_paths(tmp_path) == [tmp_path / "pool.parquet"]
+
+
 def test_a_handful_of_lists_teaches_nothing():
     assert filtering._learn(np.ones((9, 2)), np.ones((4, 2)), draw=0).tolist() == [0.5] * 4
     rng = np.random.default_rng(0)
