@@ -10,6 +10,7 @@ else. The profile says how many work at a time: `jobs`, and `cluster: ray` for t
 
 import os
 from collections import defaultdict, deque
+from functools import partial
 
 from deftlib import store
 from deftlib.ray_workers import RayWorkers
@@ -31,6 +32,26 @@ def results(profile, calls):
         with workers:
             _Schedule(calls, workers).run()
     return {name: call() for name, call in calls.items()}
+
+
+def in_shares(profile, call):
+    """`call(share, of)` for each of `profile.launch.processes` shares of one large work, on this machine's GPUs.
+
+    call: picklable; it keeps what it computes on disk, so that a run that was interrupted goes on. In this process
+    where there is one. Raises the first error.
+    """
+    launch = profile.launch
+    many = launch.processes // launch.nodes
+    if many == 1:
+        call(0, 1)
+        return
+    with LocalWorkers(_dealt(many)) as workers:
+        for share in range(many):
+            workers.start(f"share {share + 1} of {many}", partial(call, share, many))
+        for _ in range(many):
+            outcome = workers.next_outcome()
+            if outcome.error is not None:
+                raise JobError(f"{outcome.name} failed: {outcome.error}") from outcome.error
 
 
 def lacking(call):
@@ -137,9 +158,17 @@ def places(profile):
 
     "auto" is four a GPU, and without a GPU one for four cores.
     """
-    gpus, cores = visible_gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    many = profile.jobs
-    if many == "auto":
-        many = len(gpus) * MOST_ON_A_GPU if gpus else max(1, cores // CORES_OF_A_WORKER)
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // many)))
+    if profile.jobs != "auto":
+        return _dealt(profile.jobs)
+    gpus = visible_gpus()
+    return _dealt(len(gpus) * MOST_ON_A_GPU if gpus else max(1, _cores() // CORES_OF_A_WORKER))
+
+
+def _dealt(many):
+    """As many places, over the visible GPUs in turn, with equal threads; OMP_NUM_THREADS says otherwise."""
+    gpus, threads = visible_gpus(), int(os.environ.get("OMP_NUM_THREADS", max(1, _cores() // many)))
     return [Place(gpus[i % len(gpus)] if gpus else None, threads) for i in range(many)]
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -9,11 +9,12 @@ server, for models too large to load here.
 import re
 import time
 from collections import Counter
+from functools import partial
 from itertools import takewhile
 
 import torch
 
-from deftlib import credentials, store
+from deftlib import credentials, jobs, store
 from deftlib.models import endpoint, policies
 from deftlib.models.loop import with_progress
 from deftlib.models.said import first_turn, reply_in
@@ -38,25 +39,32 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
     name = f"replies-{name_of(policy)}-{store.content_key(spoken)}.jsonl"
     kept = store.Kept(store.build_dir(profile.name) / "kept" / name)
     if not all(question in kept for question in questions):
-        model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
-        return generate(model, tokenizer, prompts, text, settings, seed, label, kept)
+        jobs.in_shares(profile, partial(_say, profile, policy, prompts, text, settings, seed, label, kept.path))
+        kept = store.Kept(kept.path)
     return [kept[question]["replies"] for question in questions]
 
 
+def _say(profile, policy, prompts, text, settings, seed, label, path, share, of):
+    """Add one share of the replies to the file of those that are kept."""
+    model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
+    generate(model, tokenizer, prompts, text, settings, seed, label, store.Kept(path), slice(share, None, of))
+
+
 @torch.no_grad()
-def generate(model, tokenizer, prompts, text, settings, seed=0, label="generating", kept=None):
+def generate(model, tokenizer, prompts, text, settings, seed=0, label="generating", kept=None, batches_of=slice(None)):
     """`settings.samples` replies to each prompt, [[reply, ...], ...]: greedy at temperature 0, else seeded sampling.
 
     Prompts of like length share a left-padded batch. A reply ends at the tokenizer's EOS or one of the model's own,
     where the next turn begins (`said.first_turn`), or after `settings.max_new_tokens`; reasoning is left out. kept: a
-    `store.Kept` that answers what was asked before; a batch is seeded by what is in it, so an interrupted run says what
-    an uninterrupted one would have said.
+    `store.Kept` that answers what was asked before; a batch is seeded by what is in it, so an interrupted run, or one
+    of several that say a share each, says what a whole one would have said. batches_of: which of them; to the prompts
+    of others the answer is [].
     """
     ids = [policies.encode_prompt(tokenizer, prompt, text) for prompt in prompts]
     questions = numbered(prompts)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     size = max(1, settings.batch_size // settings.samples)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches = [order[i : i + size] for i in range(0, len(order), size)][batches_of]
     options = {"max_new_tokens": settings.max_new_tokens, "num_return_sequences": settings.samples}
     stops = ends(model, tokenizer)
     options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": stops}
@@ -65,7 +73,7 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
     if settings.temperature > 0:
         options |= {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     said = [[] for _ in prompts]
-    for batch in with_progress(batches, label, total=len(prompts)):
+    for batch in with_progress(batches, label, total=sum(map(len, batches))):
         asked = [questions[i] for i in batch]
         if kept is not None and all(question in kept for question in asked):
             for i in batch:

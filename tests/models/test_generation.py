@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import EOS
 
-from deftlib import store
+from deftlib import jobs, store
 from deftlib.models import generation, policies
 from deftlib.models.generation import ends, generate, name_of, numbered
-from deftlib.profile import Endpoint, Generation, Profile, Text
+from deftlib.profile import Endpoint, Generation, Launch, Profile, Text
 
 TEXT = Text(prompt_tokens=8, reply_tokens=8)
 GREEDY = Generation(max_new_tokens=6, temperature=0.0, samples=1, batch_size=16)
@@ -127,6 +127,20 @@ def test_a_killed_run_goes_on_and_says_what_an_uninterrupted_one_would_have_said
     )
     assert generation.replies(profile, folder, PROMPTS, settings=two_a_batch) == whole
     assert asked == [2, 2]  # of three batches; the second had lost one of its two
+
+
+def test_two_processes_say_a_share_each_and_together_what_one_says(policy, tmp_path, monkeypatch, capsys):
+    profile, folder = policy
+    two_a_batch = dataclasses.replace(SAMPLED, batch_size=6)
+    said = generation.replies(profile, folder, PROMPTS, settings=two_a_batch)
+    shutil.rmtree(store.ROOT / "build")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shared = dataclasses.replace(profile, launch=Launch(processes=2))
+    monkeypatch.setattr(policies, "load_policy", lambda *args: pytest.fail("loaded in this process"))
+    assert generation.replies(shared, folder, PROMPTS, settings=two_a_batch) == said
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(jobs.JobError, match=r"^share \d of 2 failed: "):
+        generation.replies(shared, folder, PROMPTS)
 
 
 def test_what_is_kept_needs_no_model(policy, monkeypatch):
