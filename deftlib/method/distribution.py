@@ -12,23 +12,27 @@ The identity: q_diff sums to 0, so the softmax normaliser cancels out of R_dis, 
     R_dis = sum_v q_diff[v] * mean_t z_t[v] = (W^T q_diff) . mean_t h_t + b . q_diff
 """
 
+from itertools import chain
+
 import numpy as np
 import torch
 
 IGNORED = -100  # the label of every token that is not scored
+TOKENS_HELD = 2**20  # counted at a time: one pass of numpy over a million costs less than a thousand over a thousand
 
 
-def count_tokens(token_lists, sides, vocab_size):
+def count_tokens(token_lists, sides, vocab_size, first=0):
     """Count the tokens of good and of bad responses: Q_pos and Q_neg, section 3.2 of the paper.
 
-    token_lists: iterable over ranked lists, each a list of token-id lists, one per response; read once, not kept.
-    sides: iterable over ranked lists, each a list of +1 (count into Q_pos), -1 (into Q_neg) or 0 (skip), one per
-    response.
+    token_lists: iterable over ranked lists, each a list of token-id lists, one per response; read once, and only about
+    a million tokens of it are held. sides: iterable over ranked lists, each a list of +1 (count into Q_pos), -1 (into
+    Q_neg) or 0 (skip), one per response. first: the number that an error calls the first list by.
     Returns (int64[V], int64[V]) with V = vocab_size, the number of rows of the output head.
     Raises ValueError if the two do not match, for another side, or for a token id outside 0 .. V - 1; names the list.
     """
     counts = {+1: np.zeros(vocab_size, np.int64), -1: np.zeros(vocab_size, np.int64)}
-    for number, (responses, list_sides) in enumerate(zip(token_lists, sides, strict=True)):
+    held, n_held = {+1: [], -1: []}, 0  # [(number of the list, its tokens)] of each side, not yet counted
+    for number, (responses, list_sides) in enumerate(zip(token_lists, sides, strict=True), start=first):
         if len(responses) != len(list_sides):
             raise ValueError(f"list {number}: {len(responses)} responses but {len(list_sides)} sides")
         for tokens, side in zip(responses, list_sides, strict=True):
@@ -36,18 +40,32 @@ def count_tokens(token_lists, sides, vocab_size):
                 continue
             if side not in counts:
                 raise ValueError(f"list {number}: side {side!r}, expected +1, -1 or 0")
-            _add_tokens(counts[side], tokens, number)
+            held[side].append((number, tokens))
+            n_held += len(tokens)
+        if n_held >= TOKENS_HELD:
+            _add_held(counts, held)
+            n_held = 0
+    _add_held(counts, held)
     return counts[+1], counts[-1]
 
 
-def _add_tokens(counts, tokens, number):
-    tokens = np.asarray(tokens, np.int64)
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= len(counts)):
+def _add_held(counts, held):
+    """Count what is held of each side, and let go of it."""
+    for side, responses in held.items():
+        flat = np.fromiter(chain.from_iterable(tokens for _, tokens in responses), np.int64)
+        if flat.size and (flat.min() < 0 or flat.max() >= len(counts[side])):
+            for number, tokens in responses:
+                _check_ids(tokens, len(counts[side]), number)
+        counts[side] += np.bincount(flat, minlength=len(counts[side]))
+        responses.clear()
+
+
+def _check_ids(tokens, vocab_size, number):
+    if len(tokens) and (min(tokens) < 0 or max(tokens) >= vocab_size):
         raise ValueError(
-            f"list {number}: token ids {tokens.min()} to {tokens.max()}, expected 0 to {len(counts) - 1}; "
+            f"list {number}: token ids {min(tokens)} to {max(tokens)}, expected 0 to {vocab_size - 1}; "
             "was another tokenizer used?"
         )
-    np.add.at(counts, tokens, 1)  # unlike counts[tokens] += 1, counts a repeated token each time
 
 
 def discrepancy(pos_counts, neg_counts):

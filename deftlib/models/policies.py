@@ -120,12 +120,22 @@ def fingerprint(tokenizer):
 
 def encode_text(tokenizer, text):
     """Token ids of a text that somebody wrote: where it spells a special token ("<|endoftext|>") it stays text."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    spelled = [token for token in tokenizer.all_special_tokens if token in text]
-    if not spelled:
-        return ids
-    special = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
-    return [i for i in ids if i not in special]  # a vocabulary of whole words has no other way to spell them
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer, texts):
+    """[`encode_text` of each], by one call of the tokenizer."""
+    if not texts:
+        return []
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    found = tokenizer(texts, split_special_tokens=True, **plain)["input_ids"]
+    names = tokenizer.all_special_tokens
+    for i, text in enumerate(texts):
+        spelled = [name for name in names if name in text]
+        if spelled:  # a vocabulary of whole words has no other way to spell them
+            special = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
+            found[i] = [token for token in found[i] if token not in special]
+    return found
 
 
 def encode_prompt(tokenizer, prompt, text):
@@ -135,11 +145,15 @@ def encode_prompt(tokenizer, prompt, text):
     chat template the oldest words of the dialogue are cut, never what the template puts around them.
     Raises ModelError where there is no template, or it takes more than `text.prompt_tokens` by itself.
     """
+    return encode_prompts(tokenizer, [prompt], text)[0]
+
+
+def encode_prompts(tokenizer, prompts, text):
+    """[`encode_prompt` of each]; of plain text by one call of the tokenizer."""
     if text.template == "chat":
-        return _chat_ids(tokenizer, dialogues.messages(prompt), text.prompt_tokens)
+        return [_chat_ids(tokenizer, dialogues.messages(prompt), text.prompt_tokens) for prompt in prompts]
     first = beginning(tokenizer)
-    ids = encode_text(tokenizer, prompt)
-    return [*first, *ids[-(text.prompt_tokens - len(first)) :]]
+    return [[*first, *ids[-(text.prompt_tokens - len(first)) :]] for ids in encode_texts(tokenizer, prompts)]
 
 
 def _chat_ids(tokenizer, messages, limit):
@@ -186,7 +200,12 @@ def beginning(tokenizer):
 
 def encode_reply(tokenizer, reply, text):
     """Token ids of a reply and one EOS, the first `text.reply_tokens`: a cut reply does not end (our choice)."""
-    return [*encode_text(tokenizer, reply), tokenizer.eos_token_id][: text.reply_tokens]
+    return encode_replies(tokenizer, [reply], text)[0]
+
+
+def encode_replies(tokenizer, replies, text):
+    """[`encode_reply` of each], by one call of the tokenizer."""
+    return [[*ids, tokenizer.eos_token_id][: text.reply_tokens] for ids in encode_texts(tokenizer, replies)]
 
 
 # ---- start policies ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Preference data: ranked lists, one prompt with its responses, best first.
 
     lists          read, check, reject, split: any source becomes one Dataset
+    batches        ranked lists a thousand at a time, from and to Parquet, in flat memory
     formats        what a row means: the formats of this field, by the names of their columns
     cells          what a cell holds: text, lists that CSV spells, numbers of any country
     cleaning       HH-RLHF as the PRO authors cleaned it

@@ -9,14 +9,18 @@ used is rejected, counted and written out with its reason; `deft check PATH` tel
 import hashlib
 import json
 import os
+import sqlite3
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deftlib.preferences import batches
 from deftlib.preferences.cleaning import pro_cleaning
 from deftlib.preferences.dialogues import ASSISTANT, HUMAN
 from deftlib.preferences.formats import FORMATS, as_prompt, candidates, detected
@@ -33,9 +37,12 @@ __all__ = [
     "pro_cleaning",
     "read",
     "read_lists",
+    "read_to",
     "sample",
+    "sample_rows",
     "split",
     "split_of",
+    "split_rows",
 ]
 
 FEATURES = datasets.Features(
@@ -47,11 +54,17 @@ FEATURES = datasets.Features(
         "rewards": datasets.List(datasets.Value("float64")),  # highest first, or null: nobody scored this list
     }
 )
-LISTS_PER_BATCH = 10_000  # Python objects weigh several times their Arrow form, so few lists are held as such
 
 
-def read(source, *, split="train", format="auto", rejects_path=None, max_reject_share=0.05, cleaning="none"):
-    """Ranked lists of `source` as a Dataset with the columns of `FEATURES`, in the order of the source.
+def read(source, **options):
+    """Ranked lists of `source` as a Dataset with the columns of `FEATURES`, on a memory map; options of `read_to`."""
+    with tempfile.TemporaryDirectory() as folder:
+        read_to(Path(folder) / "lists.parquet", source, **options)
+        return read_lists(Path(folder) / "lists.parquet")
+
+
+def read_to(path, source, *, split="train", format="auto", rejects_path=None, max_reject_share=0.05, cleaning="none"):
+    """Write the ranked lists of `source` to a Parquet file with the columns of `FEATURES`, in order; how many: an int.
 
     source: "mini"; a file of JSON lines, gzipped or not; a folder with `<split>.jsonl[.gz]`, or with HH-RLHF's subset
     folders that hold it; a hub id, read subset by subset if it is Anthropic/hh-rlhf. `split` chooses the file in a
@@ -68,33 +81,54 @@ def read(source, *, split="train", format="auto", rejects_path=None, max_reject_
         raise PreferenceError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
     if cleaning not in ("none", "pro"):
         raise PreferenceError(f"unknown cleaning {cleaning!r}: choose none or pro")
-    batches, kept, rejects, notes, ids = [], [], [], Counter(), set()
-    for name, label, rows in files(source, split):
-        file_format = detected(label, rows) if format == "auto" else format
-        if cleaning == "pro" and file_format != "hh-rlhf":
-            raise PreferenceError(f"{label}: cleaning 'pro' is for hh-rlhf, and this is {file_format}; leave it out")
-        for line, row in rows():
-            for found in candidates(row, file_format, cleaning, notes):
-                try:
-                    kept.append(_checked(found, f"{name}/{line}", name.split("/")[0], ids))
-                except RowFault as fault:
-                    rejects.append({"file": label, "line": line, "reason": fault.reason, "found": fault.found[:120]})
-            if len(kept) >= LISTS_PER_BATCH:
-                batches.append(_arrow(kept))
-                kept = []
-    lists = datasets.Dataset(pa.Table.from_batches([*batches, _arrow(kept)]))
+    rejects, notes, subsets = [], Counter(), Counter()
+    usable = _usable(source, split, format, cleaning, rejects, notes, subsets)
+    batches.write(path, FEATURES.arrow_schema, batches.pieces_of(usable, batches.LISTS_AT_ONCE))
     if rejects_path is not None:
         _write_rejects(rejects, Path(rejects_path))
-    _report(source, lists, rejects, notes, rejects_path)
-    n_found = len(lists) + len(rejects)
+    _report(source, subsets, rejects, notes, rejects_path)
+    n_found = subsets.total() + len(rejects)
     if len(rejects) > max_reject_share * n_found:
         raise PreferenceError(
             f"{source}: {len(rejects)} of {n_found} lists rejected ({_counts(rejects)}), more than the share of "
             f"{max_reject_share:g} allowed; mend the rows, check the format, or raise max_reject_share"
         )
-    if not lists:
+    if not subsets:
         raise PreferenceError(f"{source}: {n_found} lists found, none usable; expected prompts with ranked replies")
-    return lists
+    return subsets.total()
+
+
+def _usable(source, split, format, cleaning, rejects, notes, subsets):
+    """Yield the lists that can be used; what else was met goes into rejects, notes and subsets."""
+    ids = _Ids()
+    for name, label, rows in files(source, split):
+        known = detected(label, rows) if format == "auto" else format
+        if cleaning == "pro" and known != "hh-rlhf":
+            raise PreferenceError(f"{label}: cleaning 'pro' is for hh-rlhf, and this is {known}; leave it out")
+        found = ((line, one) for line, row in rows() for one in candidates(row, known, cleaning, notes))
+        for line, candidate in found:
+            try:
+                checked = _checked(candidate, f"{name}/{line}", name.split("/")[0], ids)
+            except RowFault as fault:
+                rejects.append({"file": label, "line": line, "reason": fault.reason, "found": fault.found[:120]})
+                continue
+            subsets[checked["subset"]] += 1
+            yield checked
+
+
+class _Ids:
+    """The ids met so far, in a database that SQLite keeps in a temporary file once it is large."""
+
+    def __init__(self):
+        self.table = sqlite3.connect("", isolation_level=None)
+        self.table.execute("CREATE TABLE met (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self.table.execute("BEGIN")  # one transaction: nothing of it is for later
+
+    def __contains__(self, row_id):
+        return self.table.execute("SELECT 1 FROM met WHERE id = ?", (row_id,)).fetchone() is not None
+
+    def add(self, row_id):
+        self.table.execute("INSERT INTO met VALUES (?)", (row_id,))
 
 
 def locate(source):
@@ -114,14 +148,21 @@ def locate(source):
 
 
 def read_lists(path):
-    """Ranked lists from a Parquet file written by `Dataset.to_parquet`, memory-mapped."""
-    return datasets.Dataset(pq.read_table(path, memory_map=True))
+    """Ranked lists from a Parquet file as a Dataset on a memory map.
+
+    Parquet is packed, so the map is of a plain copy: a temporary file without a name, gone with the Dataset.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
+        with pa.ipc.new_stream(copy, pq.read_schema(path)) as stream:
+            for batch in batches.batches(path, size=batches.LISTS_PER_GROUP):
+                stream.write_batch(batch)
+        copy.flush()
+        return datasets.Dataset(pa.ipc.open_stream(pa.memory_map(copy.name)).read_all())
 
 
-def _report(source, lists, rejects, notes, rejects_path):
+def _report(source, subsets, rejects, notes, rejects_path):
     """One line on screen: what was read, what was rejected and why, what the rules left out."""
-    line = f"read {len(lists)} lists from {source}"
-    subsets = Counter(lists["subset"][:])
+    line = f"read {subsets.total()} lists from {source}"
     if len(subsets) > 1:
         line += f" ({', '.join(f'{subset} {n}' for subset, n in list(subsets.items())[:8])})"
     line += f"; rejected {len(rejects)}"
@@ -142,10 +183,6 @@ def _write_rejects(rejects, path):
         path.write_text("".join(json.dumps(reject) + "\n" for reject in rejects), encoding="utf-8")
     except OSError as error:
         raise PreferenceError(f"{path}: the rejects cannot be written ({error.strerror}); name another path") from error
-
-
-def _arrow(kept):
-    return pa.RecordBatch.from_pylist(kept, schema=FEATURES.arrow_schema)
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -240,10 +277,14 @@ def split_of(prompt, shares, seed=0):
 
 def split(dataset, shares, seed=0):
     """{name: Dataset} by `split_of`; every list is in one of them, in its old order."""
-    rows = {name: [] for name in shares}
-    for row, prompt in enumerate(dataset["prompt"][:]):
-        rows[split_of(prompt, shares, seed)].append(row)
-    return {name: dataset.select(chosen) for name, chosen in rows.items()}
+    return {name: dataset.select(chosen) for name, chosen in split_rows(dataset, shares, seed).items()}
+
+
+def split_rows(lists, shares, seed=0):
+    """{name: int64[n]}: the numbers of the lists that `split` gives it. lists: a Parquet file, or a Dataset."""
+    names = list(shares)
+    part = np.fromiter((names.index(split_of(p, shares, seed)) for p in batches.column(lists, "prompt")), np.int64)
+    return {name: np.flatnonzero(part == number) for number, name in enumerate(names)}
 
 
 def sample(dataset, n, seed=0):
@@ -251,16 +292,22 @@ def sample(dataset, n, seed=0):
 
     Raises PreferenceError if there are fewer than n.
     """
-    if not 0 <= n <= len(dataset):
-        raise PreferenceError(f"a sample of {n} lists was asked for, and there are {len(dataset)}; ask for fewer")
-    by_subset = {}
-    for row, (row_id, subset) in enumerate(zip(dataset["id"][:], dataset["subset"][:])):
-        by_subset.setdefault(subset, []).append((_unit_hash(seed, row_id), row))
+    return dataset.select(sample_rows(dataset, np.arange(len(dataset)), n, seed))
+
+
+def sample_rows(lists, rows, n, seed=0):
+    """int64[n]: the numbers of a `sample` of some lists of a Parquet file or Dataset. rows: their numbers, sorted."""
+    if not 0 <= n <= len(rows):
+        raise PreferenceError(f"a sample of {n} lists was asked for, and there are {len(rows)}; ask for fewer")
+    point = np.fromiter((_unit_hash(seed, row_id) for row_id in batches.column(lists, "id")), np.float64)[rows]
+    subset = batches.codes(lists, "subset")[1][rows]
+    first = np.unique(subset, return_index=True)[1]
+    by_subset = [np.flatnonzero(subset == subset[i]) for i in sorted(first)]
     chosen = []
-    for left, rows in zip(range(len(by_subset), 0, -1), sorted(by_subset.values(), key=len)):
+    for left, members in zip(range(len(by_subset), 0, -1), sorted(by_subset, key=len)):
         quota = (n - len(chosen)) // left  # the smallest subset first: what it lacks, the larger ones give
-        chosen += [row for _, row in sorted(rows)[:quota]]
-    return dataset.select(sorted(chosen))
+        chosen += members[np.argsort(point[members], kind="stable")[:quota]].tolist()
+    return rows[sorted(chosen)]
 
 
 def _unit_hash(seed, text):

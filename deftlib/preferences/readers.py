@@ -172,7 +172,7 @@ def _table(path, file, encoding):
 
 
 def _parquet(path):
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # whatever the length of its row groups
     _refuse_twice(path, file.schema_arrow.names)
     found = chain.from_iterable(map(_parquet_rows, file.iter_batches(1000)))
     number = 0

@@ -9,6 +9,7 @@
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own
     encoding       ranked lists as token ids, and the rows that SFT and DPO take
     subset         split, score, grade (by the rules of `method.grading`), count: the graded subset and its q_diff
+    counting       token counts of ranked lists, by several processes
 
 Start with `train.fit`. A new method is a loss in `deftlib.method.losses` and a line in `trainers.LIST_METHODS`; SFT,
 DPO, IFT and RLOO are branches of `building.build`.

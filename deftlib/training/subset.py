@@ -14,13 +14,14 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from deftlib import store
-from deftlib.method.distribution import count_tokens, discrepancy
+from deftlib.method.distribution import discrepancy
 from deftlib.method.grading import distribution_levels, extreme_sides, levels, per_subset, sides
 from deftlib.models import features, policies, rewards
 from deftlib.preferences import lists as ranked_lists
 from deftlib.preferences.lists import read_lists
 from deftlib.preferences.sources import files
 from deftlib.reporting import escape
+from deftlib.training.counting import count_lists
 
 
 class Graded(NamedTuple):
@@ -205,18 +206,6 @@ def counted(profile):
         save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
 
     return store.stage(profile, "counted", key, produce, "training.subset")
-
-
-def count_lists(lists, list_sides, tokenizer, vocab_size, text):
-    """(Q_pos, Q_neg) over the response text of the lists: no prompt, template, EOS or special token (decision 3)."""
-    special = set(tokenizer.all_special_ids)
-
-    def tokens(reply):
-        ids = policies.encode_reply(tokenizer, reply, text)
-        return [i for i in ids if i not in special]
-
-    token_lists = ([tokens(reply) for reply in responses] for responses in lists["responses"])
-    return count_tokens(token_lists, list_sides, vocab_size)
 
 
 def vocabulary_size(policy):

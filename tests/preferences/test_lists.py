@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deftlib.preferences import batches, sources
 from deftlib.preferences import lists as ranked_lists
-from deftlib.preferences import sources
 from deftlib.preferences.lists import (
     PreferenceError,
     as_prompt,
@@ -345,7 +345,7 @@ def test_legal_oddities_equal_rewards_long_replies_blank_lines_byte_order_mark(t
 
 
 def test_more_lists_than_one_batch_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranked_lists, "LISTS_PER_BATCH", 3)
+    monkeypatch.setattr(batches, "LISTS_AT_ONCE", 3)
     lists = read(write(tmp_path / "prefs.jsonl", *({"prompt": f"{i}", "responses": ["a", "b"]} for i in range(8))))
     assert [first_human_turn(prompt) for prompt in lists["prompt"]] == list("01234567")
 
