@@ -234,6 +234,16 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What a million lists ask for."""
+
+    num_proc: int = 1  # processes that tokenize, to count and to train; no number depends on it
+    # What is kept of the hidden states of a reply, from which R_dis and frozen reward models are made. Projected: R_dis
+    # alone, anew for each q_diff; where r_train learns on frozen features, those of its own part stay float32.
+    states: Literal["float32", "float16", "projected"] = "float32"
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a profile's YAML file holds."""
 
@@ -255,6 +265,7 @@ class Settings:
     jobs: int | Literal["auto"] = 1  # runs that are made at a time: `deftlib.jobs`
     cluster: Literal["", "ray"] = ""  # by this machine, or by a Ray cluster
     launch: Launch = field(default_factory=Launch)
+    scale: Scale = field(default_factory=Scale)
 
     def digest(self, *sections):
         """12 hex digits over the named sections (all, if none): part of the key of a published result."""

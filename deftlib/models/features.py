@@ -10,7 +10,8 @@ A source of features is "policy", the start policy as it reads in training (`tex
 reply's text occurs; or a sentence encoder: a name in `policies.WHEELS`, a path or a hub id.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ from deftlib import store
 from deftlib.method import heads
 from deftlib.method.distribution import IGNORED, mean_response_hidden, reward_direction
 from deftlib.models import policies
-from deftlib.models.loop import in_blocks, length_buckets, with_progress
-from deftlib.preferences.lists import read_lists
+from deftlib.models.loop import in_blocks, length_buckets, slices, with_progress
+from deftlib.preferences import batches
 
 WORDS = 2048  # columns of "words": token ids beyond share them
 
@@ -37,34 +38,83 @@ class Reader(NamedTuple):
     token_budget: int  # padded tokens of a batch
 
 
-def of_lists(profile, source, path):
-    """(float32[N, d], int64[lists]): the states of all replies of the lists in a Parquet file, one after another.
+class OfLists(Sequence):
+    """One array a list, cut from an array of all replies when it is asked for."""
 
-    Published; an interrupted run goes on after its last 1,024 replies.
+    def __init__(self, flat, lengths):
+        self.flat, self.ends = flat, np.cumsum(lengths)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        end = self.ends[i]  # whose IndexError ends a loop
+        return self.flat[self.ends[i - 1] if i % len(self) else 0 : end]
+
+
+def of_lists(profile, source, path):
+    """(float[N, d], int64[lists]): the states of all replies of the lists in a Parquet file, one after another.
+
+    Published, on a memory map, in the precision of `scale.states`; an interrupted run goes on after its last 1,024
+    replies.
     """
-    key = {"lists": store.digest(path), **identity(profile, source)}
+    place = kept_states(profile, source, path)
+    return np.load(place / "states.npy", mmap_mode="r"), np.load(place / "lengths.npy")
+
+
+def kept_states(profile, source, path):
+    """Folder with `states.npy` and `lengths.npy` of `of_lists`, the first for `loop.slices`."""
+    precision = "float16" if profile.scale.states == "float16" else "float32"
+    key = {"lists": store.digest(path), **identity(profile, source), "precision": precision}
 
     def produce(folder):
-        lists = read_lists(path)
-        pairs = [(row["prompt"], reply) for row in lists for reply in row["responses"]]
         read = reader(profile, source)
-        of_block = lambda block, label: states(read, *zip(*block), label)
-        np.save(folder / "states.npy", in_blocks(of_block, pairs, folder, f"features of {path.stem}"))
-        np.save(folder / "lengths.npy", [len(responses) for responses in lists["responses"]])
+        of_block = lambda block, label: states(read, *zip(*block), label).astype(precision)
+        lengths = batches.lengths(path)
+        in_blocks(of_block, replies(path), lengths.sum(), folder / "states.npy", f"features of {path.stem}")
+        np.save(folder / "lengths.npy", lengths)
 
     name = f"features/{policies.short_name(source)}-{path.stem}"
-    folder = store.stage(profile, name, key, produce, "models.features")
-    return np.load(folder / "states.npy", mmap_mode="r"), np.load(folder / "lengths.npy")
+    return store.stage(profile, name, key, produce, "models.features")
+
+
+def replies(path):
+    """Yield (prompt, reply) of every reply in a Parquet file of lists."""
+    for row in batches.rows(path, ["prompt", "responses"]):
+        for reply in row["responses"]:
+            yield row["prompt"], reply
 
 
 def distribution_rewards(profile, path, q_diff):
-    """R_dis of every reply of a Parquet file's lists under the start policy: one float64 array a list."""
-    states, lengths = of_lists(profile, "policy", path)
+    """R_dis of every reply of a Parquet file's lists under the start policy: one float64 array a list.
+
+    With `scale.states` "projected" they are computed and published for this q_diff alone, and no state is kept.
+    """
     with np.load(_head(profile) / "head.npz") as head:
         direction = reward_direction(torch.from_numpy(head["weight"]).double(), q_diff).numpy()
         offset = float(head["bias"].astype(np.float64) @ q_diff) if "bias" in head else 0.0
-        flat = head["scale"] * (states.astype(np.float64) @ direction + offset)
-    return np.split(flat, np.cumsum(lengths)[:-1])
+        project = lambda part: head["scale"] * (part.astype(np.float64) @ direction + offset)
+        if profile.scale.states == "projected":
+            return OfLists(*_projected(profile, path, q_diff, project))
+        place = kept_states(profile, "policy", path)
+        flat = np.concatenate([project(part) for part in slices(place / "states.npy")])
+        return OfLists(flat, np.load(place / "lengths.npy"))
+
+
+def _projected(profile, path, q_diff, project):
+    """(float64[N], int64[lists]): R_dis of every reply, from states that are let go block by block."""
+    key = {"lists": store.digest(path), **identity(profile, "policy"), "q_diff": hashlib.sha256(q_diff).hexdigest()}
+
+    def produce(folder):
+        read, lengths = reader(profile, "policy"), batches.lengths(path)
+        of_block = lambda block, label: project(states(read, *zip(*block), label))
+        in_blocks(of_block, replies(path), lengths.sum(), folder / "r_dis.npy", f"R_dis of {path.stem}")
+        np.save(folder / "lengths.npy", lengths)
+
+    place = store.stage(profile, f"features/r_dis-{path.stem}", key, produce, "models.features")
+    return np.load(place / "r_dis.npy"), np.load(place / "lengths.npy")
 
 
 def identity(profile, source):

@@ -185,9 +185,3 @@ def _pairs(lists, reader):
         for i in range(len(encoded)):
             pairs += [{"better": encoded[i], "worse": worse, "axes": axis} for worse in encoded[i + 1 :]]
     return pairs
-
-
-def states_of(profile, spec, folder, prompts, replies, label):
-    """float32[N, d]: the features that the heads in `folder` read."""
-    weights = None if spec.freeze_backbone else folder
-    return features.states(features.reader(profile, spec.source, weights), prompts, replies, label)

@@ -13,6 +13,7 @@ remote code runs.
 import functools
 import json
 import math
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,11 +25,11 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedMode
 from deftlib import store
 from deftlib.intervals import wilson_interval
 from deftlib.models import features, policies, reward_heads
-from deftlib.models.loop import in_blocks, length_buckets, with_progress
+from deftlib.models.loop import in_blocks, length_buckets, slices, with_progress
 from deftlib.models.policies import encode_text
 from deftlib.models.reward_heads import AXES, axis_of
+from deftlib.preferences import batches
 from deftlib.preferences.dialogues import messages
-from deftlib.preferences.lists import read_lists
 
 
 class GPTNeoXRewardModelConfig(GPTNeoXConfig):
@@ -121,31 +122,33 @@ class Judge:
         if not self.spec.train:
             budget = self.profile.reward_models.score_token_budget
             return np.array(score(*self._finished, prompts, replies, self.spec, budget, label))
-        states = reward_heads.states_of(self.profile, self.spec, self.path, prompts, replies, label)
+        states = features.states(self._reader, prompts, replies, label)
         return reward_heads.load(self.path).rewards(states, list(map(axis_of, subsets)))
 
     def of_lists(self, path):
-        """[float64[l], ...]: the rewards of every list in a Parquet file.
+        """One float64 array of rewards for every list in a Parquet file.
 
-        A frozen backbone's features are kept; other scores are published, and an interrupted run goes on by blocks.
+        A frozen backbone's features are kept, unless `scale.states` is "projected"; other scores are published, and an
+        interrupted run goes on by blocks.
         """
-        lists = read_lists(path)
-        lengths = [len(responses) for responses in lists["responses"]]
-        axes = np.repeat(list(map(axis_of, lists["subset"])), lengths)
-        if self.spec.train and self.spec.freeze_backbone:
-            states, _ = features.of_lists(self.profile, self.spec.source, path)
-            flat = reward_heads.load(self.path).rewards(states, axes)
-        else:
-            flat = np.load(self._scored(path, lists) / "rewards.npy")
-        return np.split(flat, np.cumsum(lengths)[:-1])
+        lengths = batches.lengths(path)
+        if not (self.spec.train and self.spec.freeze_backbone) or self.profile.scale.states == "projected":
+            return features.OfLists(np.load(self._scored(path, lengths) / "rewards.npy"), lengths)
+        place = features.kept_states(self.profile, self.spec.source, path)
+        heads, (subsets, which) = reward_heads.load(self.path), batches.codes(path, "subset")
+        axes = (axis_of(subsets[i]) for i in np.repeat(which, lengths))
+        of_slices = [heads.rewards(part, list(islice(axes, len(part)))) for part in slices(place / "states.npy")]
+        return features.OfLists(np.concatenate(of_slices), lengths)
 
-    def _scored(self, path, lists):
+    def _scored(self, path, lengths):
         """Folder with `rewards.npy`: the rewards of all replies, one list after another."""
-        rows = [(row["prompt"], reply, row["subset"]) for row in lists for reply in row["responses"]]
 
         def produce(folder):
+            rows = batches.rows(path, ["prompt", "responses", "subset"])
+            replies = ((row["prompt"], reply, row["subset"]) for row in rows for reply in row["responses"])
             of_block = lambda block, label: self.score(*map(list, zip(*block)), label)
-            np.save(folder / "rewards.npy", in_blocks(of_block, rows, folder, f"{NAMES[self.which]} of {path.stem}"))
+            label = f"{NAMES[self.which]} of {path.stem}"
+            in_blocks(of_block, replies, lengths.sum(), folder / "rewards.npy", label)
 
         key = {**self.identity(), "lists": store.digest(path)}
         return store.stage(self.profile, f"rewards/{self.which}-of-{path.stem}", key, produce, "models.rewards")
@@ -156,13 +159,18 @@ class Judge:
 
         def produce(folder):
             right = [float(rewards[0] > rewards[-1]) for rewards in self.of_lists(dev)]
-            axes = list(map(axis_of, read_lists(dev)["subset"]))
+            axes = list(map(axis_of, batches.column(dev, "subset")))
             (folder / "right.json").write_text(json.dumps({"right": right, "axis": axes}))
 
         key = {**self.identity(), "dev": store.digest(dev)}
         folder = store.stage(self.profile, f"rewards/{self.which}-accuracy", key, produce, "models.rewards")
         held = json.loads((folder / "right.json").read_text())
         return {axis: _share(held, axis) for axis in AXES if axis in held["axis"]}
+
+    @functools.cached_property
+    def _reader(self):
+        weights = None if self.spec.freeze_backbone else self.path
+        return features.reader(self.profile, self.spec.source, weights)
 
     @functools.cached_property
     def _finished(self):

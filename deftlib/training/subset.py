@@ -17,6 +17,7 @@ from deftlib import store
 from deftlib.method.distribution import discrepancy
 from deftlib.method.grading import distribution_levels, extreme_sides, levels, per_subset, sides
 from deftlib.models import features, policies, rewards
+from deftlib.preferences import batches
 from deftlib.preferences import lists as ranked_lists
 from deftlib.preferences.lists import read_lists
 from deftlib.preferences.sources import files
@@ -56,25 +57,31 @@ def parts(profile):
     key = {"data": key, "inputs": _input_digests(source, data)}
 
     def produce(folder):
-        read = {"format": data.format, "max_reject_share": data.max_reject_share, "cleaning": data.cleaning}
-        lists = ranked_lists.read(source, split=data.split, rejects_path=folder / "rejects.jsonl", **read)
-        sizes_read, split = {"": len(lists)}, ranked_lists.split(lists, shares)
-        if "test" not in split:
-            split["test"] = ranked_lists.read(source, split="test", rejects_path=folder / "rejects-test.jsonl", **read)
-            sizes_read["-test"] = len(split["test"])
-        (folder / "read.json").write_text(json.dumps(sizes_read))
-        split["pool"] = split["policy"]
+        options = {"format": data.format, "max_reject_share": data.max_reject_share, "cleaning": data.cleaning}
+        lists, own_test = folder / "read.parquet", folder / "read-test.parquet"
+        read = {
+            "": ranked_lists.read_to(lists, source, split=data.split, rejects_path=folder / "rejects.jsonl", **options)
+        }
+        dealt = {name: (lists, rows) for name, rows in ranked_lists.split_rows(lists, shares).items()}
+        if "test" not in dealt:
+            rejects = folder / "rejects-test.jsonl"
+            read["-test"] = ranked_lists.read_to(own_test, source, split="test", rejects_path=rejects, **options)
+            dealt["test"] = own_test, np.arange(read["-test"])
+        (folder / "read.json").write_text(json.dumps(read))
+        dealt["pool"] = dealt["policy"]
         sizes = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
         sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
-        for name, part in split.items():
-            if not len(part):
+        for name, (path, rows) in dealt.items():
+            if not len(rows):
                 raise ranked_lists.PreferenceError(f"{source}: no list fell to part {name!r}; give it a larger share")
-            if sizes.get(name, 0) > len(part):
+            if sizes.get(name, 0) > len(rows):
                 raise ranked_lists.PreferenceError(
-                    f"{source}: {sizes[name]} lists asked of the part {name!r}, which has {len(part)}; ask for fewer"
+                    f"{source}: {sizes[name]} lists asked of the part {name!r}, which has {len(rows)}; ask for fewer"
                 )
-            part = ranked_lists.sample(part, sizes[name]) if sizes.get(name) else part
-            part.to_parquet(folder / f"{name}.parquet")
+            rows = ranked_lists.sample_rows(path, rows, sizes[name]) if sizes.get(name) else rows
+            batches.take(path, rows, folder / f"{name}.parquet")
+        for path in (lists, own_test):
+            path.unlink(missing_ok=True)
 
     folder = store.stage(profile, "parts", key, produce, "training.subset")
     _check_rejects(source, folder, data.max_reject_share)
@@ -119,11 +126,11 @@ def scored(profile):
     key = {"lists": store.digest(policy_part), "r_train": r_train.identity(), "rank_by": rank_by}
 
     def produce(folder):
-        lists = read_lists(policy_part)
-        of_lists = r_train.of_lists(policy_part)
-        rows = [{**row, "rewards": of_list.tolist()} for row, of_list in zip(lists, of_lists)]
-        rows = [best_first(row) for row in rows] if rank_by == "reward" else rows
-        Dataset.from_list(rows, features=lists.features).to_parquet(folder / "lists.parquet")
+        schema = batches.schema_of(policy_part)
+        rows = zip(batches.rows(policy_part), r_train.of_lists(policy_part), strict=True)
+        found = ({**row, "rewards": of_list.tolist()} for row, of_list in rows)
+        found = map(best_first, found) if rank_by == "reward" else found
+        batches.write(folder / "lists.parquet", schema, batches.pieces_of(found, batches.LISTS_AT_ONCE))
 
     return store.stage(profile, "scored", key, produce, "training.subset")
 
@@ -169,29 +176,26 @@ def rule(profile, grading):
 
 
 def _grade_by_reward(profile, source, start, folder):
-    lists = read_lists(source / "lists.parquet")
-    best = [max(of_list) for of_list in lists["rewards"]]  # sec. 3.1: "the highest score within each sample"
-    level = per_subset(levels, best, lists["subset"], **rule(profile, "reward"))
-    list_sides = [
-        sides(grade, row["rewards"]) if agrees(row) else extreme_sides(len(row["responses"]))
-        for grade, row in zip(level, lists)
-    ]
-    tokenizer = policies.load_tokenizer(start)
-    counts = count_lists(lists, list_sides, tokenizer, vocabulary_size(start), profile.text)
-    _publish(folder, lists.add_column("level", level.tolist()), counts, tokenizer, profile, "reward")
+    path = source / "lists.parquet"
+    rewards_of = lambda: batches.column(path, "rewards")
+    best = np.fromiter(map(max, rewards_of()), np.float64)  # sec. 3.1: "the highest score within each sample"
+    level = per_subset(levels, best, batches.codes(path, "subset")[1], **rule(profile, "reward"))
+    list_sides = (
+        sides(grade, of_list) if agrees({"rewards": of_list}) else extreme_sides(len(of_list))
+        for grade, of_list in zip(level, rewards_of())
+    )
+    _publish(folder, path, {"level": level}, _counts(profile, path, list_sides), start, profile, "reward")
 
 
 def _grade_by_distribution(profile, policy_part, counted_folder, folder):
-    tokenizer, lists = policies.load_tokenizer(policies.start_policy(profile)), read_lists(policy_part)
-    counts = load_counts(counted_folder / "q_diff.npz")
+    start, counts = policies.start_policy(profile), load_counts(counted_folder / "q_diff.npz")
     of_lists = features.distribution_rewards(profile, policy_part, discrepancy(*counts))
-    reward = np.array([of_replies[0] for of_replies in of_lists])
-    settings = rule(profile, "distribution")
-    level = per_subset(
-        distribution_levels, reward, lists["subset"], share=settings["keep"], direction=settings["direction"]
-    )
-    lists = lists.add_column("level", level.tolist()).add_column("distribution_reward", reward.tolist())
-    _publish(folder, lists, counts, tokenizer, profile, "distribution")
+    reward = np.fromiter((of_replies[0] for of_replies in of_lists), np.float64)
+    settings, of_subset = rule(profile, "distribution"), batches.codes(policy_part, "subset")[1]
+    how = {"share": settings["keep"], "direction": settings["direction"]}
+    level = per_subset(distribution_levels, reward, of_subset, **how)
+    more = {"level": level, "distribution_reward": reward}
+    _publish(folder, policy_part, more, counts, start, profile, "distribution")
 
 
 def counted(profile):
@@ -200,12 +204,18 @@ def counted(profile):
     key = {"lists": store.digest(pool_part), "start": policies.identity(start), "text": vars(profile.text)}
 
     def produce(folder):
-        pool, tokenizer = read_lists(pool_part), policies.load_tokenizer(start)
-        pool_sides = [extreme_sides(len(responses)) for responses in pool["responses"]]
-        counts = count_lists(pool, pool_sides, tokenizer, vocabulary_size(start), profile.text)
-        save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
+        pool_sides = map(extreme_sides, batches.lengths(pool_part).tolist())
+        counts = _counts(profile, pool_part, pool_sides)
+        save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(policies.load_tokenizer(start)))
 
     return store.stage(profile, "counted", key, produce, "training.subset")
+
+
+def _counts(profile, path, list_sides):
+    """(Q_pos, Q_neg) of the lists in a Parquet file, with the start policy's tokenizer."""
+    start, lists = policies.start_policy(profile), {"responses": batches.column(path, "responses")}
+    tokenizer, num_proc = policies.load_tokenizer(start), profile.scale.num_proc
+    return count_lists(lists, list_sides, tokenizer, vocabulary_size(start), profile.text, num_proc)
 
 
 def vocabulary_size(policy):
@@ -216,12 +226,13 @@ def vocabulary_size(policy):
 # ---- publication -------------------------------------------------------------------------------------------------
 
 
-def _publish(folder, lists, counts, tokenizer, profile, grading):
-    graded_lists = Graded(folder, lists, discrepancy(*counts), *counts)
-    lists.to_parquet(folder / "lists.parquet")
-    graded_lists.level_a.to_parquet(folder / "level_a.parquet")
-    save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
-    (folder / "README.md").write_text(_data_card(graded_lists, profile, grading), encoding="utf-8")
+def _publish(folder, path, more, counts, start, profile, grading):
+    """Write the lists of a Parquet file with more columns, level A of them, q_diff and the data card."""
+    kinds = {name: "string" if values.dtype.kind == "U" else "float64" for name, values in more.items()}
+    batches.write(folder / "lists.parquet", batches.schema_of(path, **kinds), batches.with_columns(path, **more))
+    batches.take(folder / "lists.parquet", np.flatnonzero(more["level"] == "A"), folder / "level_a.parquet")
+    save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(policies.load_tokenizer(start)))
+    (folder / "README.md").write_text(_data_card(folder, counts, profile, grading), encoding="utf-8")
 
 
 def read_graded(folder):
@@ -254,13 +265,16 @@ def load_q_diff(path, tokenizer):
         return stored["q_diff"]
 
 
-def _data_card(graded_lists, profile, grading):
+def _data_card(folder, counts, profile, grading):
     """The card of a graded subset: where it is from, how it was graded, how many lists of each level and subset."""
-    lists = graded_lists.lists.select_columns(["subset", "level"]).to_pandas()
-    table = lists.groupby(["subset", "level"]).size().unstack(fill_value=0)
-    header = "| subset | " + " | ".join(table.columns) + " |\n|---|" + "---|" * len(table.columns)
-    names = map(escape.markdown, table.index)
-    rows = "\n".join(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(names, table.values))
+    path, (n_pos, n_neg) = folder / "lists.parquet", (int(of_side.sum()) for of_side in counts)
+    (subsets, of_subset), (grades, of_level) = batches.codes(path, "subset"), batches.codes(path, "level")
+    table = np.zeros((len(subsets), len(grades)), int)
+    np.add.at(table, (of_subset, of_level), 1)
+    table = table[np.ix_(np.argsort(subsets), np.argsort(grades))].tolist()
+    header = "| subset | " + " | ".join(sorted(grades)) + " |\n|---|" + "---|" * len(grades)
+    names = map(escape.markdown, sorted(subsets))
+    rows = "\n".join(f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(names, table))
     how = {
         "reward": f"by reward model ({profile.reward_models.train.source}): level A the top {profile.grading.top} %, "
         f"level C the bottom {profile.grading.bottom} % of each subset (anonymous version, sec. 3.1)",
@@ -270,9 +284,9 @@ def _data_card(graded_lists, profile, grading):
     return f"""# Level-A subset, graded {how}
 
 Made by `deftlib.training.subset` from `{profile.data.source}` (split `{profile.data.split}`), profile `{profile.name}`.
-Columns: {", ".join(graded_lists.lists.column_names)}; responses are best first, rewards raw, of r_train, or null.
+Columns: {", ".join(batches.schema_of(path).names)}; responses are best first, rewards raw, of r_train, or null.
 `level_a.parquet` is the subset, `lists.parquet` every graded list, `q_diff.npz` the discrepancy distribution and counts
-(Q_pos {int(graded_lists.pos_counts.sum()):,} tokens, Q_neg {int(graded_lists.neg_counts.sum()):,}).
+(Q_pos {n_pos:,} tokens, Q_neg {n_neg:,}).
 
 {header}
 {rows}

@@ -61,8 +61,8 @@ def test_an_encoder_keeps_its_first_token_and_the_reply_and_cuts_the_prompt():
 
         all_special_tokens = ()
 
-        def __call__(self, text, add_special_tokens, split_special_tokens):
-            return {"input_ids": [10 + len(word) for word in text.split()]}
+        def __call__(self, texts, **how):
+            return {"input_ids": [[10 + len(word) for word in text.split()] for text in texts]}
 
     encode = lambda limit: features._as_encoder(Words(), "aa bbb cccc", "d ee", limit)
     assert encode(9) == ([7, 12, 13, 14], [11, 12])
