@@ -32,7 +32,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from deftlib import store
-from deftlib.models import endpoint, features, generation, loop, policies, rewards
+from deftlib.models import blocks, endpoint, features, generation, policies, rewards
 from deftlib.profile import Endpoint
 from deftlib.training import subset, train
 
@@ -209,7 +209,7 @@ def _kind(files):
 
 @pytest.mark.parametrize("name", WORKS)
 def test_a_killed_work_ends_as_if_nobody_had_killed_it(name, base, tmp_path, told, monkeypatch):
-    monkeypatch.setattr(loop, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     kill_and_resume(name, WORKS[name], base, tmp_path, told)
 
 
@@ -224,7 +224,7 @@ def test_a_clock_that_goes_back_changes_nothing(base, tmp_path, monkeypatch):
 
 
 def test_killed_scoring_ends_as_if_nobody_had_killed_it(base, finished_reward_model, tmp_path, told, monkeypatch):
-    monkeypatch.setattr(loop, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
 
     def score():
         settings = {"source": str(finished_reward_model), "train": False}

@@ -14,6 +14,7 @@ import torch
 
 from deftlib import jobs, store
 from deftlib.models import generation, policies
+from deftlib.models.blocks import in_blocks
 from deftlib.models.loop import length_buckets, with_progress
 from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences.lists import read_lists, sample
@@ -61,25 +62,32 @@ def likelihoods(profile, policy, parts):
     def produce(folder):
         lists = read_lists(dev)
         lists = sample(lists, size) if 0 < size < len(lists) else lists
-        model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
+        tokenizer = policies.load_tokenizer(policy)
         read = lambda reply: policies.encode_reply(tokenizer, reply, profile.text)
         differ = [read(replies[0]) != read(replies[-1]) for replies in lists["responses"]]
         lists = lists.select(np.flatnonzero(differ))
         pairs = [(row["prompt"], row["responses"][which]) for row in lists for which in (0, -1)]
-        label = f"human pairs, {generation.name_of(policy)}"
-        sums, tokens = _log_likelihoods(profile, model, tokenizer, pairs, label)
+        label, found = f"human pairs, {generation.name_of(policy)}", folder / "of_replies.npy"
+        in_blocks(profile, partial(_of_blocks, profile, policy), partial(iter, pairs), len(pairs), found, label)
+        sums, tokens = np.load(found).T
+        found.unlink()
         frame = pd.DataFrame({"id": lists["id"][:], "subset": lists["subset"][:]})
         for k, name in enumerate("1l"):
-            frame[f"sum_{name}"], frame[f"tokens_{name}"] = sums[k::2], tokens[k::2]
+            frame[f"sum_{name}"], frame[f"tokens_{name}"] = sums[k::2], tokens[k::2].astype(int)
         frame.to_parquet(folder / "likelihoods.parquet")
 
     name = f"preference/{generation.name_of(policy)}"
     return pd.read_parquet(store.stage(profile, name, key, produce, "evaluation.preference") / "likelihoods.parquet")
 
 
+def _of_blocks(profile, policy):
+    model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
+    return lambda block, label: _log_likelihoods(profile, model, tokenizer, block, label)
+
+
 @torch.no_grad()
 def _log_likelihoods(profile, model, tokenizer, pairs, label):
-    """(sums, tokens): float64[N] and int64[N] of (prompt, reply) pairs, in nats."""
+    """float64[N, 2]: log-likelihood in nats and number of tokens of the reply of each (prompt, reply)."""
     text, budget = profile.text, profile.reward_models.score_token_budget
     rows = [
         {"prompt_ids": policies.encode_prompt(tokenizer, prompt, text), "rewards": [0.0]}
@@ -87,11 +95,11 @@ def _log_likelihoods(profile, model, tokenizer, pairs, label):
         for prompt, reply in pairs
     ]
     lengths = [len(row["prompt_ids"]) + len(row["response_ids"][0]) for row in rows]
-    sums, tokens = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    found = np.zeros((len(rows), 2))
     for batch in with_progress(length_buckets(lengths, budget), label, total=len(rows)):
         padded = collate_lists([rows[i] for i in batch], tokenizer.pad_token_id)
         inputs = {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=profile.training.bf16):
             of_batch = response_log_probs(model, model, **inputs)
-        sums[batch], tokens[batch] = (values.double().cpu().numpy() for values in of_batch)
-    return sums, tokens
+        found[batch] = torch.stack([values.double() for values in of_batch], 1).cpu().numpy()
+    return found

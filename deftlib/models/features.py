@@ -12,6 +12,7 @@ reply's text occurs; or a sentence encoder: a name in `policies.WHEELS`, a path 
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,8 @@ from deftlib import store
 from deftlib.method import heads
 from deftlib.method.distribution import IGNORED, mean_response_hidden, reward_direction
 from deftlib.models import policies
-from deftlib.models.loop import in_blocks, length_buckets, slices, with_progress
+from deftlib.models.blocks import in_blocks, slices
+from deftlib.models.loop import length_buckets, with_progress
 from deftlib.preferences import batches
 
 WORDS = 2048  # columns of "words": token ids beyond share them
@@ -65,19 +67,28 @@ def of_lists(profile, source, path):
 
 
 def kept_states(profile, source, path):
-    """Folder with `states.npy` and `lengths.npy` of `of_lists`, the first for `loop.slices`."""
+    """Folder with `states.npy` and `lengths.npy` of `of_lists`, the first for `blocks.slices`."""
     precision = "float16" if profile.scale.states == "float16" else "float32"
     key = {"lists": store.digest(path), **identity(profile, source), "precision": precision}
 
     def produce(folder):
-        read = reader(profile, source)
-        of_block = lambda block, label: states(read, *zip(*block), label).astype(precision)
-        lengths = batches.lengths(path)
-        in_blocks(of_block, replies(path), lengths.sum(), folder / "states.npy", f"features of {path.stem}")
-        np.save(folder / "lengths.npy", lengths)
+        prepare, label = partial(_states_of_blocks, profile, source, precision), f"features of {path.stem}"
+        _of_replies(profile, prepare, path, folder / "states.npy", label)
 
     name = f"features/{policies.short_name(source)}-{path.stem}"
     return store.stage(profile, name, key, produce, "models.features")
+
+
+def _states_of_blocks(profile, source, precision):
+    read = reader(profile, source)
+    return lambda block, label: states(read, *zip(*block), label).astype(precision)
+
+
+def _of_replies(profile, prepare, path, target, label):
+    """`in_blocks` over the replies of a Parquet file of lists, and beside its file the lengths of the lists."""
+    lengths = batches.lengths(path)
+    in_blocks(profile, prepare, partial(replies, path), lengths.sum(), target, label)
+    np.save(target.with_name("lengths.npy"), lengths)
 
 
 def replies(path):
@@ -92,29 +103,37 @@ def distribution_rewards(profile, path, q_diff):
 
     With `scale.states` "projected" they are computed and published for this q_diff alone, and no state is kept.
     """
+    if profile.scale.states == "projected":
+        return OfLists(*_projected(profile, path, q_diff))
+    place, project = kept_states(profile, "policy", path), _projection(profile, q_diff)
+    flat = np.concatenate([project(part) for part in slices(place / "states.npy")])
+    return OfLists(flat, np.load(place / "lengths.npy"))
+
+
+def _projection(profile, q_diff):
+    """The function float[N, d] -> float64[N] that makes R_dis of states."""
     with np.load(_head(profile) / "head.npz") as head:
         direction = reward_direction(torch.from_numpy(head["weight"]).double(), q_diff).numpy()
         offset = float(head["bias"].astype(np.float64) @ q_diff) if "bias" in head else 0.0
-        project = lambda part: head["scale"] * (part.astype(np.float64) @ direction + offset)
-        if profile.scale.states == "projected":
-            return OfLists(*_projected(profile, path, q_diff, project))
-        place = kept_states(profile, "policy", path)
-        flat = np.concatenate([project(part) for part in slices(place / "states.npy")])
-        return OfLists(flat, np.load(place / "lengths.npy"))
+        scale = head["scale"]
+    return lambda part: scale * (part.astype(np.float64) @ direction + offset)
 
 
-def _projected(profile, path, q_diff, project):
+def _projected(profile, path, q_diff):
     """(float64[N], int64[lists]): R_dis of every reply, from states that are let go block by block."""
     key = {"lists": store.digest(path), **identity(profile, "policy"), "q_diff": hashlib.sha256(q_diff).hexdigest()}
 
     def produce(folder):
-        read, lengths = reader(profile, "policy"), batches.lengths(path)
-        of_block = lambda block, label: project(states(read, *zip(*block), label))
-        in_blocks(of_block, replies(path), lengths.sum(), folder / "r_dis.npy", f"R_dis of {path.stem}")
-        np.save(folder / "lengths.npy", lengths)
+        prepare = partial(_projected_blocks, profile, q_diff)
+        _of_replies(profile, prepare, path, folder / "r_dis.npy", f"R_dis of {path.stem}")
 
     place = store.stage(profile, f"features/r_dis-{path.stem}", key, produce, "models.features")
     return np.load(place / "r_dis.npy"), np.load(place / "lengths.npy")
+
+
+def _projected_blocks(profile, q_diff):
+    read, project = reader(profile, "policy"), _projection(profile, q_diff)
+    return lambda block, label: project(states(read, *zip(*block), label))
 
 
 def identity(profile, source):

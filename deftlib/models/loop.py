@@ -9,15 +9,12 @@ A run that was killed goes on from its newest complete checkpoint, to the same w
 import ctypes
 import json
 import math
-import os
 import shutil
 import time
 import warnings
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
@@ -30,7 +27,6 @@ disable_progress_bars()  # headless runs print plain lines
 
 COMPLETE = "COMPLETE"  # written last, {"num_tokens": so far}: a checkpoint without it is not resumed from
 SECONDS_BETWEEN_LINES = 5.0
-BLOCK = 1024  # items between two files that an interrupted pass goes on from
 
 
 def arguments(folder, *, epochs, learning_rate, batch_size, seed, save_steps=0, **more):
@@ -194,48 +190,6 @@ def with_progress(batches, label, total):
         if time.perf_counter() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.perf_counter()
             print(f"  {label}: {done}/{total}", flush=True)
-
-
-def in_blocks(compute, items, total, path, label):
-    """Write `compute(block, label)` of every block of `total` items, which are read as needed, as one .npy file.
-
-    Each block is on disk before the next one starts: a run that was killed goes on after its last. Their files are
-    removed when all are there.
-    """
-    starts, items = range(0, total, BLOCK), iter(items)
-    blocks = [path.with_name(f"block-{start:09d}.npy") for start in starts]
-    if not path.is_file():
-        for start, file in zip(starts, blocks):
-            block = list(islice(items, BLOCK))
-            if not file.is_file():
-                partial = file.with_suffix(".tmp.npy")
-                np.save(partial, compute(block, f"{label}, {start} of {total} done"))
-                os.replace(partial, file)
-        _join(blocks, path)
-    for file in blocks:
-        file.unlink(missing_ok=True)
-
-
-def _join(files, path):
-    """One .npy file of the arrays in several, one below the other."""
-    maps = [np.load(file, mmap_mode="r") for file in files]
-    header = np.lib.format.header_data_from_array_1_0(maps[0]) | {"shape": (sum(map(len, maps)), *maps[0].shape[1:])}
-    partial = path.with_suffix(".tmp.npy")
-    with open(partial, "wb") as joined:
-        np.lib.format.write_array_header_1_0(joined, header)
-        for file in files:
-            np.load(file).tofile(joined)
-    os.replace(partial, path)
-
-
-def slices(path, rows=8192):
-    """Yield an array in a .npy file by slices of at most `rows` rows, read one by one: a map would stay resident."""
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        for start in range(0, shape[0], rows):
-            part = (min(rows, shape[0] - start), *shape[1:])
-            yield np.fromfile(file, dtype, math.prod(part)).reshape(part)
 
 
 def length_buckets(lengths, token_budget):

@@ -25,7 +25,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedMode
 from deftlib import store
 from deftlib.intervals import wilson_interval
 from deftlib.models import features, policies, reward_heads
-from deftlib.models.loop import in_blocks, length_buckets, slices, with_progress
+from deftlib.models.blocks import in_blocks, slices
+from deftlib.models.loop import length_buckets, with_progress
 from deftlib.models.policies import encode_text
 from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences import batches
@@ -104,7 +105,7 @@ class Judge:
         self.spec = getattr(profile.reward_models, which)
 
     def __getstate__(self):  # a worker loads the model by itself
-        return {name: value for name, value in vars(self).items() if name != "_finished"}
+        return {name: value for name, value in vars(self).items() if name not in ("_reader", "_finished")}
 
     @property
     def name(self):
@@ -144,14 +145,16 @@ class Judge:
         """Folder with `rewards.npy`: the rewards of all replies, one list after another."""
 
         def produce(folder):
-            rows = batches.rows(path, ["prompt", "responses", "subset"])
-            replies = ((row["prompt"], reply, row["subset"]) for row in rows for reply in row["responses"])
-            of_block = lambda block, label: self.score(*map(list, zip(*block)), label)
-            label = f"{NAMES[self.which]} of {path.stem}"
-            in_blocks(of_block, replies, lengths.sum(), folder / "rewards.npy", label)
+            replies, target = functools.partial(_replies, path), folder / "rewards.npy"
+            in_blocks(
+                self.profile, self._of_blocks, replies, lengths.sum(), target, f"{NAMES[self.which]} of {path.stem}"
+            )
 
         key = {**self.identity(), "lists": store.digest(path)}
         return store.stage(self.profile, f"rewards/{self.which}-of-{path.stem}", key, produce, "models.rewards")
+
+    def _of_blocks(self):
+        return lambda block, label: self.score(*map(list, zip(*block)), label)
 
     def accuracy(self):
         """{axis: Interval}: how often y_1 scores above y_l in the held-out lists of each axis. Published."""
@@ -175,6 +178,13 @@ class Judge:
     @functools.cached_property
     def _finished(self):
         return load_reward_model(self.path)
+
+
+def _replies(path):
+    """Yield (prompt, reply, subset) of every reply in a Parquet file of lists."""
+    for row in batches.rows(path, ["prompt", "responses", "subset"]):
+        for reply in row["responses"]:
+            yield row["prompt"], reply, row["subset"]
 
 
 def _share(held, axis):

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from deftlib import store
-from deftlib.models import features, loop, policies
+from deftlib.models import blocks, features, policies
 from deftlib.preferences.lists import FEATURES
 from deftlib.profile import Profile
 
@@ -80,7 +80,7 @@ def lists(path, count=5):
 
 
 def test_an_interrupted_pass_goes_on_after_its_last_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
     whole, lengths = features.of_lists(profile(), "policy", lists(tmp_path / "whole.parquet"))
     assert lengths.tolist() == [2] * 5 and whole.shape[0] == 10
     asked, real = [], features.states
