@@ -5,12 +5,14 @@ trainer = build(folder, profile, "deft-dpo", 0, start, lists, q_diff_path, max_s
 
 import math
 
+from datasets import Dataset
 from transformers import TrainingArguments
 from trl import DPOConfig, RLOOConfig, SFTConfig
 
 from deftlib.models import policies, rewards
 from deftlib.models.loop import arguments
 from deftlib.models.said import first_turn
+from deftlib.preferences.lists import read_lists
 from deftlib.training import encoding, subset, trainers
 from deftlib.training.trainers import LIST_METHODS
 
@@ -26,7 +28,8 @@ RECIPES = {  # method: the field of the profile's Training whose epochs, learnin
 def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
     """The guided trainer of a method, at omega 0, on ranked lists; what `fit` runs.
 
-    start: folder or hub id of the policy it starts from. more: further `TrainingArguments`, e.g. max_steps=20.
+    start: folder or hub id of the policy it starts from. lists: a Parquet file of ranked lists, or a Dataset. more:
+    further `TrainingArguments`, e.g. max_steps=20.
     """
     base = method.removeprefix("deft-")
     training, recipe = profile.training, getattr(profile.training, RECIPES[base])
@@ -57,10 +60,11 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         pinned = {"model_init_kwargs": {"revision": place["revision"]}} if "revision" in place else {}
         args = RLOOConfig(**kwargs | _on_policy(profile, recipe) | pinned | more)
         common |= {"reward_funcs": _r_train_reward(profile), "text": profile.text}
-        rows = lists.select_columns(["prompt", "subset"])
+        rows = (lists if isinstance(lists, Dataset) else read_lists(lists)).select_columns(["prompt", "subset"])
         return trainers.GuidedOnPolicyTrainer(args=args, train_dataset=rows, **common)
     kwargs |= more
-    encoded = encoding.encode_lists(lists, tokenizer, profile.text, folder / "rejects.jsonl")
+    places, num_proc = (folder / "rejects.jsonl", folder / "encoded"), profile.scale.num_proc
+    encoded = encoding.encode_lists(lists, tokenizer, profile.text, *places, num_proc)
     if base == "sft":
         args = SFTConfig(**kwargs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         rows = encoded.map(encoding.as_sft, remove_columns=encoded.column_names)

@@ -1,45 +1,110 @@
 """Ranked lists as token ids: what every trainer here reads.
 
-encoded = encode_lists(lists, tokenizer, profile.text)      # prompt_ids, response_ids, rewards
-encoded.map(as_sft), encoded.map(as_pair)                   # as TRL's SFT and DPO trainers take them
+    encoded = encode_lists(path, tokenizer, profile.text, folder=folder)     # prompt_ids, response_ids, rewards
+    encoded.map(as_sft), encoded.map(as_pair)                                # as TRL's SFT and DPO trainers take them
+
+However many lists there are, ten thousand are in memory at a time and the rest in Arrow files, which are mapped.
 """
 
 import json
+import os
+import shutil
+import tempfile
+import weakref
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
-from datasets import Dataset
+import datasets
+import pyarrow as pa
 
 from deftlib import store
 from deftlib.method.distribution import IGNORED
 from deftlib.models import policies
+from deftlib.models.workers import in_order
+from deftlib.preferences import batches
 from deftlib.training import subset
 
+LISTS_PER_SHARD = 10_000  # of one Arrow file, after whose last an interrupted run goes on
+SCHEMA = pa.schema(
+    {
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.list_(pa.int32())),
+        "rewards": pa.list_(pa.float64()),
+    }
+)
 
-def encode_lists(lists, tokenizer, text, rejects_path=None):
+
+def encode_lists(lists, tokenizer, text, rejects_path=None, folder=None, num_proc=1):
     """Ranked lists as token ids: prompt_ids, response_ids, rewards (ranks L-1 .. 0 where rewards do not fit the order).
 
-    A list is rejected, written to `rejects_path` and counted on screen, if a response has no token left but EOS, or if
-    two differ only behind the cut.
+    lists: a Parquet file of them, or the rows. folder: for the Arrow files that the Dataset maps, to be deleted after
+    it; None is a temporary one. What an interrupted run left there from the same Parquet file is not done again.
+    num_proc: processes that share the work. A list is rejected, written to `rejects_path` and counted on screen, if a
+    response has no token left but EOS, or if two differ only behind the cut. Raises ValueError if none is left.
     """
-    rows, rejects = [], []
-    for row in lists:
-        responses = [policies.encode_reply(tokenizer, reply, text) for reply in row["responses"]]
-        fault = _fault(responses, tokenizer.eos_token_id)
-        if fault:
-            rejects.append({"id": row["id"], "reason": fault})
-            continue
-        fits = row["rewards"] is not None and subset.agrees(row)
-        rewards = row["rewards"] if fits else [float(len(responses) - 1 - i) for i in range(len(responses))]
-        prompt = policies.encode_prompt(tokenizer, row["prompt"], text)
-        rows.append({"prompt_ids": prompt, "response_ids": responses, "rewards": rewards})
+    place = Path(folder or tempfile.mkdtemp(prefix="deft-encoded-"))
+    with store.alone(place, f"  another process encodes {place.name}: waiting"):
+        is_file = isinstance(lists, str | Path)
+        of = {"lists": store.digest(lists) if is_file else None, "text": vars(text)}
+        of["tokenizer"] = policies.fingerprint(tokenizer)
+        _keep_only(place, of if is_file else None)
+        pieces = batches.pieces_of(batches.rows(lists) if is_file else lists, LISTS_PER_SHARD)
+        shards = ((place / f"shard-{number:06d}.arrow", rows) for number, rows in enumerate(pieces))
+        found = list(in_order(partial(_encode_shard, tokenizer=tokenizer, text=text), shards, num_proc))
+    rejects = [reject for shard in found for reject in json.loads(shard.with_suffix(".json").read_text())]
     if rejects:
         counts = Counter(reject["reason"] for reject in rejects)
         print(f"  rejected {len(rejects)} lists: {', '.join(f'{n} {reason}' for reason, n in counts.items())}")
         if rejects_path:
             store.write_atomic(rejects_path, "".join(json.dumps(reject) + "\n" for reject in rejects))
-    if not rows:
+    encoded = datasets.concatenate_datasets([datasets.Dataset.from_file(str(shard)) for shard in found])
+    if not len(encoded):
         raise ValueError("no list is left to train on: cut to text.reply_tokens, responses vanish or become equal")
-    return Dataset.from_list(rows)
+    if folder is None:
+        weakref.finalize(encoded, shutil.rmtree, place, ignore_errors=True)
+    return encoded
+
+
+def _keep_only(place, of):
+    """Empty the folder, unless what is in it was made from just this."""
+    note = place / "of.json"
+    if of is None or not note.is_file() or json.loads(note.read_text()) != of:
+        shutil.rmtree(place, ignore_errors=True)
+        store.write_atomic(note, json.dumps(of))
+
+
+def _encode_shard(shard, tokenizer, text):
+    """Encode the lists of one (path, rows), if that was not done: an Arrow file, and its rejects beside it."""
+    path, rows = shard
+    if path.is_file():
+        return path
+    rejects, partial_path = [], path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with pa.OSFile(str(partial_path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+        for piece in batches.pieces_of(rows, batches.LISTS_AT_ONCE):
+            encoded = list(_encoded(piece, tokenizer, text, rejects))
+            stream.write_batch(pa.RecordBatch.from_pylist(encoded, SCHEMA))
+    store.write_atomic(path.with_suffix(".json"), json.dumps(rejects))
+    os.replace(partial_path, path)
+    return path
+
+
+def _encoded(rows, tokenizer, text, rejects):
+    """Yield the lists that can be trained on, encoded; the others go into `rejects`."""
+    replies = iter(policies.encode_replies(tokenizer, [reply for row in rows for reply in row["responses"]], text))
+    kept = []
+    for row in rows:
+        responses = [next(replies) for _ in row["responses"]]
+        fault = _fault(responses, tokenizer.eos_token_id)
+        if fault:
+            rejects.append({"id": row["id"], "reason": fault})
+        else:
+            kept.append((row, responses))
+    prompts = policies.encode_prompts(tokenizer, [row["prompt"] for row, _ in kept], text)
+    for (row, responses), prompt in zip(kept, prompts):
+        fits = row["rewards"] is not None and subset.agrees(row)
+        rewards = row["rewards"] if fits else [float(len(responses) - 1 - i) for i in range(len(responses))]
+        yield {"prompt_ids": prompt, "response_ids": responses, "rewards": rewards}
 
 
 def _fault(responses, eos):

@@ -8,13 +8,13 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
 
 from deftlib import store
 from deftlib.models.loop import PeakMemory, Progress, fit_or_resume
-from deftlib.preferences.lists import read_lists
 from deftlib.profile import Omega
 from deftlib.training import launch, subset, trainers
 from deftlib.training.building import build
@@ -28,7 +28,7 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
     """
     with PeakMemory() as memory:
         more = launch.arguments(profile) | ({} if updates is None else {"max_steps": updates})
-        trainer = build(folder, launch.share(profile), method, seed, start, read_lists(lists), Path(q_diff), **more)
+        trainer = build(folder, launch.share(profile), method, seed, start, Path(lists), Path(q_diff), **more)
         used = trainers.lists_used(trainer)  # refuses too few before anything is trained
         if used < len(trainer.train_dataset):
             print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
@@ -37,6 +37,7 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
         fit_or_resume(trainer, folder)
     if not trainer.is_world_process_zero():
         return
+    shutil.rmtree(folder / "encoded", ignore_errors=True)
     trainer.processing_class.save_pretrained(folder)
     ratios = [entry["gradient_ratio"] for entry in trainer.state.log_history if "gradient_ratio" in entry]
     summary = {"method": method, "seed": seed, "lists": used}
