@@ -1,0 +1,234 @@
+"""One training of each kind, as one process or as several: what `test_two_processes` compares. Not a test itself.
+
+    torchrun --nproc-per-node 2 tests/method/two_processes.py OUT    # OUT/<rank>.pt: {Run: what it did}
+
+On the CPU with gloo. The global batch is eight micro-batches of two rows in two updates, however many processes share
+them. FSDP2 is what the Trainer and accelerate make of it on GPUs, told to do so here: accelerate looks for it there
+alone. GRPO and RLOO draw from the random state of each process, so what they say is fixed by the prompt instead.
+"""
+
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # conftest
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import EOS, SMALL, VOCAB
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainingArguments,
+)
+from trl import DPOConfig, RLOOConfig, RLOOTrainer, SFTConfig
+
+from deftlib.method.guidance import DistributionGuided
+from deftlib.method.losses import pro_loss
+from deftlib.models.loop import arguments
+from deftlib.training import encoding, trainers
+
+MICRO_BATCH, MICRO_BATCHES = 2, 4  # rows; of one update
+
+
+class Run(NamedTuple):
+    method: str
+    guided: bool = True
+    lora: bool = False
+    tied: bool = True
+    wrapper: str = "ddp"
+
+    def __str__(self):
+        head = "tied" if self.tied else "untied"
+        return " ".join([self.wrapper, self.method, "guided" if self.guided else "plain", head, "lora" * self.lora])
+
+
+METHODS = ["sft", "dpo", "pro", "ift", "rloo"]
+RUNS = [
+    *(Run(method, guided, wrapper=w) for method in METHODS for guided in (True, False) for w in ("ddp", "fsdp2")),
+    *(Run(method, tied=False, wrapper=w) for method in METHODS for w in ("ddp", "fsdp2")),
+    *(
+        Run(method, lora=True, tied=tied, wrapper=w)
+        for method in METHODS
+        for tied, w in ((True, "ddp"), (False, "fsdp2"))
+    ),
+    # A head in shards of its own, which TRL's losses do not average over processes; ours do.
+    *(Run(method, tied=False, wrapper="fsdp2 of every matrix") for method in ("pro", "ift")),
+]
+
+
+def tokenizer():
+    words = Tokenizer(WordLevel(VOCAB, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="right")
+
+
+def policy(tied):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "hidden_size": 32, "tie_word_embeddings": tied}))
+
+
+def lists(count, length):
+    """Encoded ranked lists of different sizes, and the words of their prompts."""
+    generator = torch.Generator().manual_seed(length)
+
+    def words(low, high):
+        size = torch.randint(low, high, (), generator=generator).item()
+        return torch.randint(3, len(VOCAB), (size,), generator=generator).tolist()
+
+    ranks = [float(length - 1 - i) for i in range(length)]
+    rows = [
+        {"prompt_ids": words(2, 5), "response_ids": [[*words(1, 6), EOS] for _ in ranks], "rewards": ranks}
+        for _ in range(count)
+    ]
+    return Dataset.from_list(rows)
+
+
+class SaidBefore(RLOOTrainer):
+    """RLOO whose completions follow from the prompt and from which of its generations they are."""
+
+    def _generate_single_turn(self, prompt_ids, *_):
+        seen, said = {}, []
+        for prompt in prompt_ids:
+            number = seen[tuple(prompt)] = seen.get(tuple(prompt), -1) + 1
+            said.append([3 + (7 * token + 5 * number) % 37 for token in prompt][: 2 + number] + [EOS])
+        return said
+
+
+class GuidedSaidBefore(DistributionGuided, SaidBefore): ...
+
+
+def sharded(kind, apart):
+    """The trainer class on FSDP2, which accelerate offers on GPUs alone. apart: classes of modules to shard."""
+
+    class Sharded(kind):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=apart,
+                cpu_ram_efficient_loading=False,
+            )
+            self.is_fsdp_enabled = True
+
+    return Sharded
+
+
+def build(run, folder, processes):
+    """The trainer of a run in one of so many processes: 16 micro-batches, 4 an update, 2 updates."""
+    AcceleratorState._reset_state()
+    if processes > 1:
+        PartialState().distributed_type = DistributedType.MULTI_CPU
+    kwargs = arguments(
+        folder,
+        epochs=1,
+        learning_rate=0.1,
+        batch_size=MICRO_BATCH,
+        seed=0,
+        gradient_accumulation_steps=MICRO_BATCHES // processes,
+        max_steps=2,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        max_grad_norm=0.0,
+        use_cpu=True,
+    )
+    q_diff = torch.rand(len(VOCAB), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    common = {"processing_class": tokenizer(), "q_diff": q_diff - q_diff.mean(), "ratio_steps": 1}
+    model, kind = policy(run.tied), lambda kind: kind
+    if run.wrapper != "ddp" and processes > 1:
+        kind = partial(sharded, apart=["LlamaDecoderLayer", *["Linear"] * (run.wrapper != "fsdp2")])
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if run.lora else None
+    count = MICRO_BATCH * MICRO_BATCHES * 2
+    if run.method == "sft":
+        args = SFTConfig(**kwargs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        rows = lists(count, 1)
+        rows = rows.map(encoding.as_sft, remove_columns=rows.column_names)
+        return kind(trainers.GuidedSFTTrainer)(model, args, train_dataset=rows, peft_config=adapters, **common)
+    if run.method == "dpo":
+        args, rows = DPOConfig(**kwargs, max_length=None), lists(count, 2)
+        common |= {"peft_config": adapters, "ref_model": None if run.lora else policy(run.tied)}
+        rows = rows.map(encoding.as_pair, remove_columns=["response_ids", "rewards"])
+        return kind(trainers.GuidedPairTrainer)(model, args=args, train_dataset=rows, **common, summed_sft_weight=0.05)
+    if run.method == "rloo":
+        kwargs["per_device_train_batch_size"] *= 2
+        args = RLOOConfig(**kwargs, num_generations=2, max_completion_length=6, beta=0.0, remove_unused_columns=False)
+        names = {number: word for word, number in VOCAB.items()}
+        rows = [{"prompt": " ".join(names[i] for i in row["prompt_ids"])} for row in lists(count, 1)]
+        lengths = lambda completions, **_: [float(len(text)) for text in completions]
+        common |= {"reward_funcs": lengths, "train_dataset": Dataset.from_list(rows), "peft_config": adapters}
+        return kind(GuidedSaidBefore)(model, args=args, **common)
+    if run.lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, adapters)
+    common["args"] = TrainingArguments(**kwargs, remove_unused_columns=False)
+    common["data_collator"] = partial(trainers.collate_lists, pad_token_id=0)
+    if run.method == "ift":
+        return kind(trainers.GuidedIntuitiveTrainer)(model, train_dataset=lists(count, 1), **common)
+    of_lists = lambda scores: pro_loss(scores.sums, scores.counts)
+    return kind(trainers.GuidedRankedListTrainer)(model, train_dataset=lists(count, 3), list_loss=of_lists, **common)
+
+
+def adapt(model):
+    """Adapters that do something, the same in every process: PEFT starts them where they change nothing."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained_weights(model):
+    whole = lambda p: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten().double()
+    return torch.cat([whole(p).clone() for p in model.parameters() if p.requires_grad])
+
+
+def did(run, processes):
+    """What a run did in this process: omega, log entries, weights before and after, the rows of each micro-batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(run, folder, processes)
+        adapt(trainer.model)
+        before, batches = trained_weights(trainer.model), []
+        trainer.remove_callback(PrinterCallback)
+        if run.guided:
+            trainer.omega = 0.3 if run.method == "rloo" else trainer.calibrate(0.3, batches=5)
+        step = trainer.training_step
+
+        def recorded(model, inputs, *rest):
+            if "input_ids" in inputs:
+                batches.append([[i for i in row if i] for row in inputs["input_ids"].tolist()])
+            return step(model, inputs, *rest)
+
+        trainer.training_step = recorded
+        trainer.train()
+        names = ("loss", "R_dis", "loss_method", "gradient_ratio", "num_tokens")
+        log = [{n: entry[n] for n in names if n in entry} for entry in trainer.state.log_history if "loss" in entry]
+        after = trained_weights(trainer.model)
+    return {"omega": trainer.omega, "log": log, "before": before, "after": after, "batches": batches}
+
+
+def main(out):
+    torch.set_num_threads(1)
+    processes, rank, found = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), {}
+    for run in RUNS:
+        found[tuple(run)] = did(run, processes)
+    torch.save(found, Path(out) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
