@@ -25,7 +25,7 @@ from deftlib import jobs
 from deftlib.evaluation import evaluate
 from deftlib.intervals import mean_interval, paired_interval
 from deftlib.method.guidance import DistributionGuided
-from deftlib.models import policies, rewards
+from deftlib.models import generation, policies, rewards
 from deftlib.models.loop import PeakMemory
 from deftlib.studies import ablation
 from deftlib.training import building, subset, train
@@ -111,7 +111,10 @@ def measured(profile, runs, frames):
 def _by_prompt(profile, folders, references, frames):
     """[S, N]: KL of each seed's policy from its reference, mean over the samples of a prompt."""
     of_seeds = zip(folders, references, frames)
-    calls = {f"KL of {of_seed[0].name}": partial(evaluate.divergence, profile, *of_seed) for of_seed in of_seeds}
+    calls = {
+        f"KL of {generation.name_of(of_seed[0])}": partial(evaluate.divergence, profile, *of_seed)
+        for of_seed in of_seeds
+    }
     found = jobs.results(profile, calls).values()
     return evaluate.by_prompt([frame.assign(kl=kl) for frame, kl in zip(frames, found)], "kl")
 

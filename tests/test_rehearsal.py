@@ -1,0 +1,105 @@
+"""The dress rehearsal: `PROFILE=paper` in miniature, every notebook by the command that a reader types.
+
+Nothing of the published setting is changed but where models, lists and judges come from (`rehearsal.overrides`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+import pytest
+import rehearsal
+import servers
+
+from deftlib.profile import Profile, one_line
+
+FIRST = ["00_walkthrough", "01_grading"]  # the second makes what all of the others need
+TOGETHER = ["03_training", "07_methods", "05_mt_bench", "06_ablation", "02_distribution", "04_evaluation"]
+LAST = ["human_rating"]
+MINUTES = 6  # on two cores
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """(the project's folder, {notebook: (exit code, what it said)}, seconds that all of them took)."""
+    folder = rehearsal.build(tmp_path_factory.mktemp("rehearsal"))
+    server = servers.ChatServer("ok", reply=rehearsal.said_by_the_server)
+    changes = rehearsal.overrides(folder, server.url)
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={one_line(value)}")]
+    places = {"DEFT_ROOT": str(folder), "DEFT_DATA": str(folder / "given"), "PYTHONPATH": str(rehearsal.ROOT)}
+    env = os.environ | places | {"OMP_NUM_THREADS": "1", "OPENAI_API_KEY": servers.KEY}
+
+    def run(name):
+        command = [sys.executable, "-m", "deftlib", "run", f"notebooks/{name}.ipynb", "--profile", "paper", *options]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        return name, (done.returncode, f"{done.stdout}\n{done.stderr}")
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as two_at_a_time:
+        ran = dict(map(run, FIRST)) | dict(two_at_a_time.map(run, TOGETHER + LAST))
+    seconds = time.perf_counter() - start
+    server.stop()
+    return folder, ran, seconds
+
+
+def table(folder, name):
+    (path,) = (folder / "figures").glob(f"paper,*/{name}.csv")
+    return pd.read_csv(path)
+
+
+def test_nothing_is_changed_but_where_things_come_from(tmp_path):
+    plain, changes = Profile.load("paper"), rehearsal.overrides(tmp_path, "http://localhost/v1")
+    small = Profile.load("paper", changes)
+    sources = {"policy.source", "reward_models.train.source", "reward_models.evaluate.source"}
+    sources |= {"evaluation.bart", "evaluation.zero_shot"}
+    servers = {"evaluation.refiner", "evaluation.pair_judge", "mt_bench.judge"}
+    assert set(small.changes) == sources | {f"{each}.{what}" for each in servers for what in ("url", "model")}
+    assert [row.name for row in small.evaluation.zero_shot] == [row.name for row in plain.evaluation.zero_shot]
+
+
+@pytest.mark.parametrize("name", FIRST + TOGETHER + LAST)
+def test_a_notebook_runs_under_the_published_setting(rehearsed, name):
+    _, ran, _ = rehearsed
+    code, said = ran[name]
+    assert code == 0, said[-3000:]
+
+
+def test_the_rehearsal_takes_minutes(rehearsed):
+    _, _, seconds = rehearsed
+    assert seconds < 60 * MINUTES, f"{seconds:.0f} s"
+
+
+def test_shares_and_cuts_are_the_published_ones(rehearsed):
+    """Of 64 lists 8 are held out, one in 3.73 % and one in 5 % of each subset is level A."""
+    folder, _, _ = rehearsed
+    rows = table(folder, "table1").set_index("Unnamed: 0")
+    here = rows[["here: D", "here: D_A (reward)", "here: D_A (R_dis)", "here: test"]]
+    assert here.drop("total").drop_duplicates().to_numpy().tolist() == [[14, 1, 1, 3]]
+    assert here.loc["total"].tolist() == [56, 4, 4, 12]
+
+
+def test_every_column_and_row_of_the_published_tables_is_there(rehearsed):
+    folder, ran, _ = rehearsed
+    trained = ["sft", "pro", "dpo", "deft-pro", "deft-dpo", "deft-pro (distribution)", "deft-dpo (distribution)"]
+    metrics = table(folder, "table_metrics").set_index("method")
+    assert list(metrics.index) == ["start", "Mistral", "Zephyr", *trained]
+    assert {"BARTScore", "BLEU", "sacreBLEU", "humans, harmless", "humans, helpful"} <= set(metrics)
+    assert metrics[["BARTScore", "BLEU"]].notna().all().all()
+    judged = table(folder, "table_mt_bench").set_index("method")
+    assert list(judged.index) == ["start", "sft", "pro", "dpo", "deft-pro", "deft-dpo"]
+    assert (judged["questions"] == 80).all() and (judged["missing"] == 0).all()
+    assert "stand-in: wins in %" in (next((folder / "figures").glob("paper,*/table_pair_judge.md"))).read_text()
+    assert table(folder, "table_overhead").set_index("method").notna().all().all()
+
+
+def test_omega_batches_and_conversations_are_as_printed(rehearsed):
+    folder, ran, _ = rehearsed
+    found = {path.parent.name[:-11]: json.loads(path.read_text()) for path in folder.rglob("policies/*/summary.json")}
+    assert found["deft-pro-seed0"]["omega"] == 2.5e-5 and found["deft-dpo-seed0"]["omega"] == 2.5e-6
+    assert found["pro-seed0"]["updates"] == 14 and found["dpo-seed0"]["updates"] == 7  # of 8 lists: 56, twice and once
+    _, said = ran["05_mt_bench"]
+    assert "its positions leave 1024 tokens for a conversation" in said
