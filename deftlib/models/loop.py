@@ -181,6 +181,13 @@ def newest_complete(checkpoints):
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def clock():
+    """Seconds, told when a GPU has done all that it was given: without, it is timed how fast work is handed over."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def with_progress(batches, label, total):
     """Yield each batch (a list of items) in turn; one plain line every few seconds says how many items are done."""
     done, last_line = 0, time.perf_counter()

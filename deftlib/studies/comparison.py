@@ -13,7 +13,6 @@ Between the two stand three more runs (`CONTROLS`) that change one thing at a ti
 """
 
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from deftlib.evaluation import evaluate
 from deftlib.intervals import mean_interval, paired_interval
 from deftlib.method.guidance import DistributionGuided
 from deftlib.models import generation, policies, rewards
-from deftlib.models.loop import PeakMemory
+from deftlib.models.loop import PeakMemory, clock
 from deftlib.studies import ablation
 from deftlib.training import building, subset, train
 
@@ -225,12 +224,10 @@ def _overhead_of(profile, method, start, given, rounds):
 
 def _seconds_of_pass(trainer, compute_loss, batch):
     """Of one forward and backward pass, under the trainer's autocast."""
-    start = time.perf_counter()
+    start = clock()
     with trainer.accelerator.autocast():
         loss = compute_loss(trainer.model, batch)
     loss.backward()
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     trainer.model.zero_grad()
     return seconds
