@@ -6,6 +6,7 @@
 # make fuzz               feed every reader with nonsense, 100,000 times each: an hour (make test: 250 times)
 # make kills              kill every long work at random moments, 50 times each: a quarter of an hour (make test: once)
 # make audit              look for published weaknesses of the pinned packages, with pip-audit
+# make bench              measure what speed and size cost here, as ratios: figures/bench/ (a quarter of an hour)
 # make statistics         simulate how often the intervals hold the truth: figures/statistics/
 # make clean              remove results (kept answers of judges and ratings of people too), keep .venv and downloads
 
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
 NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
 
-.PHONY: paper test fuzz kills audit report lab notebooks data statistics clean help
+.PHONY: paper test fuzz kills audit report lab notebooks data statistics bench clean help
 .DELETE_ON_ERROR:
 
 # Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
@@ -87,11 +88,14 @@ data: $(READY)
 statistics: $(READY)
 	$(BIN)/deft statistics
 
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/deft bench
+
 clean:
 	rm -rf build figures/mini figures/mini,*
 
 help:
-	@sed -n '1,10s/^# //p' Makefile
+	@sed -n '1,/^$$/s/^# //p' Makefile
 
 notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1

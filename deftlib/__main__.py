@@ -19,6 +19,7 @@ COMMANDS = {  # name: (module, what it does, the extra that brings what it impor
     "mt-bench": ("evaluation.mt_bench", "answer MT-Bench and have it judged", "evaluation"),
     "first-updates": ("studies.first_updates", "twenty updates of every method on a real model", "reporting"),
     "statistics": ("studies.coverage", "simulate how often the intervals hold the true mean", "reporting"),
+    "bench": ("studies.bench", "measure what speed and size cost here, as ratios", "reporting"),
     "mini-world": ("preferences.mini_world", "write data/mini, or check it", ""),
     "mini-start": ("models.policies", "train the mini world's start policy into data/mini/start", ""),
 }

@@ -144,7 +144,13 @@ def _said(name):
 
 
 def _workers(profile, calls):
-    """The workers that a profile asks for, None if this process is to do it itself."""
+    """The workers that a profile asks for, None if this process makes one run after another."""
+    if profile.launch.processes > 1:
+        if profile.jobs not in (1, "auto") or profile.cluster:
+            raise JobError(
+                "launch gives every GPU to one run: leave jobs at 1 and cluster empty, or launch.processes at 1"
+            )
+        return None
     if len(calls) < 2 and profile.cluster != "ray":
         return None
     if profile.cluster == "ray":

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from deftlib import jobs, store
+from deftlib.profile import Launch
 from deftlib.workers import JobError, Place
 
 
@@ -23,7 +24,7 @@ def root(tmp_path, monkeypatch):
 
 
 def profile(many, **more):
-    return SimpleNamespace(name="p", label="p", jobs=many, cluster="", **more)
+    return SimpleNamespace(**{"name": "p", "label": "p", "jobs": many, "cluster": "", "launch": Launch(), **more})
 
 
 def of(name, number=0, rests_on=None, says=None, fault=None, seconds=0.0):
@@ -152,8 +153,7 @@ def cluster(root, monkeypatch):
 
 
 def test_tasks_of_a_ray_cluster_find_what_one_process_finds(cluster):
-    on_ray = profile(2)
-    on_ray.cluster = "ray"
+    on_ray = profile(2, cluster="ray")
     expected = {"sft": 1, "dpo1": 11, "dpo2": 21, "dpo3": 31, "dpo4": 41}
     assert jobs.results(on_ray, calls(**TREE)) == expected
     assert sorted(name for name, _, _ in made()) == sorted(TREE)
@@ -171,10 +171,16 @@ def test_tasks_of_a_ray_cluster_find_what_one_process_finds(cluster):
 
 def test_without_ray_a_cluster_is_refused_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    on_ray = profile(2)
-    on_ray.cluster = "ray"
+    on_ray = profile(2, cluster="ray")
     with pytest.raises(JobError, match=r"pip install 'deftlib\[ray\]'"):
         jobs.results(on_ray, calls(a={}, b={}))
+
+
+def test_a_run_that_takes_every_gpu_is_alone():
+    assert jobs.results(profile("auto", launch=Launch(2)), calls(a={"number": 1}, b={"number": 2})) == {"a": 1, "b": 2}
+    assert {int(process) for _, process, _ in made()} == {os.getpid()}
+    with pytest.raises(JobError, match="launch gives every GPU to one run: leave jobs at 1"):
+        jobs.results(profile(2, launch=Launch(2)), calls(a={}, b={}))
 
 
 # ---- places --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     comparison     all methods side by side: gain, cost, distance, the frontier
     ablation       Table 3, random and truly best lists, sweeps over omega, a, c, l and data volume
     filtering      which lists carry the most preference information, by a small preference model
+    bench          what speed and size cost here, as ratios
     coverage       how often the intervals hold the true mean, simulated
     first_updates  twenty updates of every method on a real model
 
