@@ -158,6 +158,9 @@ class Generation:
     temperature: float = 0.0  # 0 = greedy
     samples: int = 1  # per prompt
     batch_size: int = 16
+    # "continuous": a reply that ends makes room for the next prompt, and no prompt is padded. Greedy alone: samples are
+    # seeded batch by batch. It may round otherwise than "batches".
+    engine: Literal["batches", "continuous"] = "batches"
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,18 @@ from functools import partial
 from itertools import takewhile
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from deftlib import credentials, jobs, store
 from deftlib.models import endpoint, policies
 from deftlib.models.loop import with_progress
 from deftlib.models.said import first_turn, reply_in
+from deftlib.models.wheels import ModelError
 from deftlib.profile import Endpoint
 from deftlib.provenance import made_by
+
+AT_ONCE = 1024  # prompts that continuous batching is given at a time; their replies are kept when all are there
+PAGE = 256  # tokens of a page of its cache
 
 
 def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="generating"):
@@ -63,7 +68,10 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
     ids = [policies.encode_prompt(tokenizer, prompt, text) for prompt in prompts]
     questions = numbered(prompts)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    size = max(1, settings.batch_size // settings.samples)
+    continuous = settings.engine == "continuous"
+    if continuous and settings.temperature > 0:
+        raise ModelError("generation.engine=continuous is greedy: set generation.temperature=0, or engine=batches")
+    size = AT_ONCE if continuous else max(1, settings.batch_size // settings.samples)
     batches = [order[i : i + size] for i in range(0, len(order), size)][batches_of]
     options = {"max_new_tokens": settings.max_new_tokens, "num_return_sequences": settings.samples}
     stops = ends(model, tokenizer)
@@ -81,9 +89,8 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
             continue
         start = time.perf_counter()
         torch.manual_seed(int(store.content_key([seed, asked])[:15], 16))
-        inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        output = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+        say = _say_continuously if continuous else _say_batch
+        output = say(model, tokenizer, [ids[i] for i in batch], options)
         up_to_the_end = [list(takewhile(lambda i: i not in stops, said_ids)) for said_ids in output]
         decoded = [reply_in(text) for text in tokenizer.batch_decode(up_to_the_end, skip_special_tokens=True)]
         seconds = (time.perf_counter() - start) / len(batch)
@@ -93,6 +100,29 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
                 kept.add(questions[i], {"replies": said[i], "seconds": round(seconds, 4)})
             said[i] = kept[questions[i]]["replies"] if kept is not None else said[i]
     return said
+
+
+def _say_batch(model, tokenizer, ids, options):
+    """Token ids after each prompt, by one batch padded on the left."""
+    inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _say_continuously(model, tokenizer, ids, options):
+    """Token ids after each prompt, by transformers' continuous batching."""
+    options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+    longest = max(map(len, ids)) + options["max_new_tokens"]
+    room = (
+        None
+        if torch.cuda.is_available()
+        else ContinuousBatchingConfig(  # without a GPU it would take all memory
+            num_blocks=4 * (1 + longest // PAGE), max_batch_tokens=4 * longest, page_size=PAGE
+        )
+    )
+    found = model.generate_batch(ids, generation_config=GenerationConfig(**options), continuous_batching_config=room)
+    requests = sorted(found, key=lambda name: int(name.partition("_")[2]))  # "req_0", …: a prompt's samples in turn
+    return [found[request].generated_tokens for request in requests]
 
 
 def ends(model, tokenizer):

@@ -1,9 +1,9 @@
 """Questions that take many runs: each study trains what is not there yet and returns frames to tabulate.
 
+    bench          what speed and size cost here, as ratios
     comparison     all methods side by side: gain, cost, distance, the frontier
     ablation       Table 3, random and truly best lists, sweeps over omega, a, c, l and data volume
     filtering      which lists carry the most preference information, by a small preference model
-    bench          what speed and size cost here, as ratios
     coverage       how often the intervals hold the true mean, simulated
     first_updates  twenty updates of every method on a real model
 

@@ -44,6 +44,13 @@ def test_greedy_replies_are_those_of_a_loop_by_hand_whatever_shares_their_batch(
     assert generate(talker, tokenizer, PROMPTS, TEXT, settings) == [[reply] for reply in by_hand]
 
 
+def test_continuous_batching_says_the_same_greedy_text(talker, tokenizer):
+    said = generate(talker, tokenizer, PROMPTS, TEXT, dataclasses.replace(GREEDY, engine="continuous"))
+    assert said == generate(talker, tokenizer, PROMPTS, TEXT, GREEDY)
+    with pytest.raises(policies.ModelError, match="engine=continuous is greedy"):
+        generate(talker, tokenizer, PROMPTS, TEXT, dataclasses.replace(SAMPLED, engine="continuous"))
+
+
 def test_a_reply_ends_at_eos_which_is_not_part_of_it(talker, tokenizer):
     lengths = {len(greedy_by_hand(talker, tokenizer, prompt).split()) for prompt in PROMPTS}
     assert min(lengths) < GREEDY.max_new_tokens
