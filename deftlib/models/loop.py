@@ -126,17 +126,17 @@ class PeakMemory:
                 trim(0)
             with suppress(OSError):  # no such file, or read-only in a container: then the peak is NaN
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc_pid_clear_refs(5)
-                self.before = _resident("VmRSS")
+                self.before = resident("VmRSS")
         return self
 
     def __exit__(self, *_):
         if torch.cuda.is_available():
             self.bytes = torch.cuda.max_memory_allocated() - self.before
         else:
-            self.bytes = _resident("VmHWM") - self.before if hasattr(self, "before") else math.nan
+            self.bytes = resident("VmHWM") - self.before if hasattr(self, "before") else math.nan
 
 
-def _resident(field):
+def resident(field):
     """A field of /proc/self/status in bytes; the kernel counts in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{field}:"))

@@ -137,6 +137,8 @@ def _parsed(body, where, human, assistant, closer):
 
     Where the openers are such as no text has by chance, what a system says may stand before the first one.
     """
+    if not re.search(human, body):  # of most texts and dialects, and found ten times as fast as what follows
+        return []
     opener = re.compile(f"{where}(?:(?P<human>{human})|(?P<assistant>{assistant}))")
     found = list(opener.finditer(body))
     if not found or not found[0]["human"] or (found[0].start() and (where == _LINE or len(found) < 2)):

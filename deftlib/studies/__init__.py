@@ -5,6 +5,7 @@
     ablation       Table 3, random and truly best lists, sweeps over omega, a, c, l and data volume
     filtering      which lists carry the most preference information, by a small preference model
     coverage       how often the intervals hold the true mean, simulated
+    bench_lists    how much memory a million lists take, and how fast they are counted
     first_updates  twenty updates of every method on a real model
 
 Start with `ablation.controls`.
