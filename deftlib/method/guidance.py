@@ -37,8 +37,8 @@ class DistributionGuided:
 
     q_diff: float64[V], Eq. 14, one entry per row of the output head or, where that is padded, per token. omega: its
     weight; fixed, or set by `calibrate`.
-    ratio_steps: every so many updates log |omega grad R_dis| / |grad L_m| over the trainable parameters, measured as
-    `calibrate` does on the first micro-batch of the update (of the first process). 0: never.
+    ratio_steps: every so many updates log |omega grad R_dis| / |grad L_m| over the trainable parameters: the mean over
+    the update's micro-batches; under FSDP2, which has no gradient of one process, its first one. 0: never.
     Logs R_dis (mean over the responses scored), loss_method and gradient_ratio. Evaluation gives the plain loss.
     Raises ValueError for options and batches it cannot be exact on, HeadError for heads that do not fold.
     """
@@ -135,7 +135,7 @@ class DistributionGuided:
         with self._random_state_kept():
             norms = [apart.gradient_norms(inputs) for inputs in islice(self._micro_batches(apart), batches)]
         self.model.train(training)
-        method, guide = sum(norms).tolist()
+        method, guide = self.accelerator.reduce(sum(norms), "mean").tolist()  # alike but for dropout
         if not method or not guide:
             name = "R_dis" if method else "the trainer's own loss"
             raise ValueError(f"{name} has no gradient in {len(norms)} micro-batches: take more, or set omega yourself")
@@ -156,16 +156,19 @@ class DistributionGuided:
             if norms and sharded:  # FSDP2 gathers its weights where the gradient of the model's output comes by
                 value = value + 0 * loss
             norms.append(gradient_norm(self.model, value))
-        return self.accelerator.reduce(torch.stack(norms), "mean")
+        return torch.stack(norms)
 
     def _log_ratio(self, inputs):
-        """Measures the ratio where it is due: before the first micro-batch of an update has left any gradient."""
+        """Measures the ratio where it is due, past the gradients that training accumulates."""
         step = self.state.global_step
-        if not self.omega or not self.ratio_steps or step % self.ratio_steps or step == self._measured_at:
+        if not self.omega or not self.ratio_steps or step % self.ratio_steps:
             return
-        self._measured_at = step
-        with self._random_state_kept(), self._gradients_reduced():
-            method, guide = self._apart().gradient_norms(self._from_process(0, inputs))
+        if hasattr(self.model, "set_requires_gradient_sync"):  # gradients it accumulates are held where none can be put
+            if step == self._measured_at:
+                return
+            inputs, self._measured_at = self._from_process(0, inputs), step
+        with self._random_state_kept(), self._gradients_kept():
+            method, guide = self._apart().gradient_norms(inputs)
         ratio = abs(self.omega) * guide / method
         self._guided["gradient_ratio"].append((ratio, torch.ones_like(ratio, dtype=torch.bool)))
 
@@ -194,16 +197,21 @@ class DistributionGuided:
         return self._prepare_input(shared[0])
 
     @contextmanager
-    def _gradients_reduced(self):
-        """Has FSDP2 reduce the gradients of a backward pass where training is to accumulate them first."""
-        if not hasattr(self.model, "set_requires_gradient_sync"):
+    def _gradients_kept(self):
+        """Keeps what training accumulates from a measurement; within it FSDP2 reduces gradients at once."""
+        if hasattr(self.model, "set_requires_gradient_sync"):
+            self.model.set_requires_gradient_sync(True)
             yield
+            state = self.accelerator.gradient_state
+            each = state.plugin_kwargs.get("sync_each_batch", False)
+            self.model.set_requires_gradient_sync(state.sync_gradients or each)
             return
-        self.model.set_requires_gradient_sync(True)
+        kept = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        for parameter, _ in kept:
+            parameter.grad = None
         yield
-        state = self.accelerator.gradient_state
-        each = state.plugin_kwargs.get("sync_each_batch", False)
-        self.model.set_requires_gradient_sync(state.sync_gradients or each)
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
     def _random_state_kept(self):
         return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])

@@ -284,9 +284,7 @@ class IntuitiveTrainer(RankedListTrainer):
             predicted = at_responses(likeliest, model, unwrapped, labels, **rows)
             own = self.frozen_embedding(losses.greedy_inputs(inputs["input_ids"], labels, predicted))
         mix = lambda module, args, embedded: losses.intuitive_embeddings(embedded, own, self.mixing)
-        handle = unwrapped.get_input_embeddings().register_forward_hook(
-            mix
-        )  # in the pass: else no wrapper would see it
+        handle = unwrapped.get_input_embeddings().register_forward_hook(mix)  # inside the pass, so wrappers see it
         try:
             log_probs = response_token_log_probs(model, unwrapped, labels, **rows)
         finally:

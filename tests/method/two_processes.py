@@ -202,7 +202,7 @@ def did(run, processes):
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(run, folder, processes)
         adapt(trainer.model)
-        before, batches = trained_weights(trainer.model), []
+        before, batches, ratios = trained_weights(trainer.model), [], []
         trainer.remove_callback(PrinterCallback)
         if run.guided:
             trainer.omega = 0.3 if run.method == "rloo" else trainer.calibrate(0.3, batches=5)
@@ -211,14 +211,17 @@ def did(run, processes):
         def recorded(model, inputs, *rest):
             if "input_ids" in inputs:
                 batches.append([[i for i in row if i] for row in inputs["input_ids"].tolist()])
-            return step(model, inputs, *rest)
+            loss = step(model, inputs, *rest)
+            ratios.extend(trainer._guided.get("gradient_ratio", [])[-1:])
+            return loss
 
         trainer.training_step = recorded
         trainer.train()
         names = ("loss", "R_dis", "loss_method", "gradient_ratio", "num_tokens")
         log = [{n: entry[n] for n in names if n in entry} for entry in trainer.state.log_history if "loss" in entry]
         after = trained_weights(trainer.model)
-    return {"omega": trainer.omega, "log": log, "before": before, "after": after, "batches": batches}
+    found = {"omega": trainer.omega, "log": log, "before": before, "after": after, "batches": batches}
+    return {**found, "ratios": [ratio.item() for ratio, _ in ratios]}
 
 
 def main(out):
