@@ -156,6 +156,7 @@ class DistributionGuided:
             if norms and sharded:  # FSDP2 gathers its weights where the gradient of the model's output comes by
                 value = value + 0 * loss
             norms.append(gradient_norm(self.model, value))
+            del loss, rewards, value  # what is left of this graph, before the next is built
         return torch.stack(norms)
 
     def _log_ratio(self, inputs):

@@ -1,6 +1,7 @@
 """DEFT on every TRL trainer, as a user writes it: a class of one line and a dataset in TRL's own format."""
 
 import copy
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import EOS, SMALL, VOCAB
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PhiConfig, PhiForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import (
     DPOConfig,
@@ -26,7 +28,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from deftlib.method.distribution import distribution_reward
-from deftlib.method.guidance import DistributionGuided
+from deftlib.method.guidance import DistributionGuided, check_processes
 from deftlib.method.heads import HeadError
 from deftlib.method.responses import best_responses
 from deftlib.models.loop import arguments
@@ -390,6 +392,37 @@ def test_reentrant_checkpointing_changes_neither_the_push_nor_the_ratio_nor_omeg
     assert ratios[1] == pytest.approx(ratios[0], rel=1e-5) and omegas[1] == pytest.approx(omegas[0], rel=1e-5)
 
 
+# ---- what a step costs -------------------------------------------------------------------------------------------
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero"}  # on a GPU, for the device
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host reads what the device computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name in WAITS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "without padding"])
+def test_no_step_waits_for_the_device_because_of_the_reward(name, make_trainer):
+    counts = []
+    for guided in (False, True):
+        options = {"omega": 2.0, "guided": guided, **PACKED.get(name, {})}
+        trainer = make_trainer("sft" if name in PACKED else name, **options)
+        batch = first_batch(trainer)
+        with Waits() as waits:
+            loss_of(trainer, batch)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+    with Waits() as waits:
+        bool(torch.ones(1).any())
+    assert waits.count == 1
+
+
 # ---- the plain method --------------------------------------------------------------------------------------------
 
 
@@ -451,6 +484,69 @@ def test_calibration_changes_nothing_that_follows(name, make_trainer):
     assert ends[0][1] == ends[1][1]
 
 
+@pytest.mark.parametrize("more", [{}, {"bf16": True}, {"packing": True, "max_length": 40}], ids=str)
+def test_the_ratio_asked_for_is_the_one_logged_first(more, make_trainer):
+    trainer = make_trainer("sft", batch_size=2, ratio_steps=1, **more)
+    trainer.calibrate(0.03, batches=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["gradient_ratio"] == pytest.approx(0.03, rel=1e-6)
+
+
+def test_calibration_runs_under_the_autocast_of_training(make_trainer):
+    seen = []
+    trainer = make_trainer("dpo", bf16=True)
+    layer = trainer.model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.calibrate(0.03, batches=1)
+    assert set(seen) == {torch.bfloat16} and len(seen) == 2
+
+
+class Saved:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()  # else an output would hold the graph that holds it
+        SAVED.add(self)
+
+
+SAVED = weakref.WeakSet()
+
+
+@pytest.mark.parametrize("name", ["dpo", "without padding"])
+def test_measuring_holds_one_graph_at_a_time(name, make_trainer):
+    trainer, held = make_trainer("sft" if name in PACKED else name, **PACKED.get(name, {})), []
+    trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: held.append(len(SAVED)))
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        trainer.calibrate(0.03, batches=1)
+        trainer.ratio_steps = 1
+        trainer.train()
+    assert held == [0] * 5  # two passes to calibrate, two for the ratio, one to train
+
+
+def test_measuring_the_ratio_leaves_dropout_and_gradients_alone(make_trainer, make_model):
+    ends = []
+    for ratio_steps in (0, 1):
+        options = {"batch_size": 2, "gradient_accumulation_steps": 2, "ratio_steps": ratio_steps}
+        trainer = make_trainer("sft", make_model(attention_dropout=0.5), omega=0.5, **options)
+        trainer.train()
+        ends.append((weights(trainer.model), torch.get_rng_state()))
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+
+
+def test_both_gradients_are_measured_under_one_dropout(make_trainer, make_model):
+    trainer = make_trainer("sft", make_model(attention_dropout=0.5))
+    batch = first_batch(trainer)
+    trainer._loss_and_rewards, passes = lambda *_: (loss(trainer.model, batch),) * 2 + (None, 1), []
+
+    def loss(model, inputs):
+        passes.append(model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss)
+        return passes[-1]
+
+    norms = trainer.gradient_norms(batch)
+    assert passes[0] == passes[1] and norms[0] == norms[1]
+    assert loss(trainer.model, batch) != passes[0]  # dropout goes on
+
+
 @pytest.mark.parametrize("name, reason", [("kto", "R_dis"), ("grpo", "the trainer's own loss")])
 def test_calibration_without_a_gradient_is_refused(name, reason, make_trainer, texts):
     trainer = make_trainer(name, rows=[{**row, "label": False} for row in texts])
@@ -509,6 +605,34 @@ def test_best_responses_by_hand(family):
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+SPLIT = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
+
+
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        (("args", "n_gpu", 2), "one process sees 2 GPUs: start one for each, with `accelerate launch`"),
+        (("args", "ddp_static_graph", True), "ddp_static_graph counts backward passes"),
+        ((None, "is_deepspeed_enabled", True), "not tried with DeepSpeed: train with DDP or FSDP2"),
+        ((None, "is_fsdp_enabled", True), "FSDP 1 flattens: set fsdp_version to 2"),
+        (("accelerator", "parallelism_config", SPLIT), r"\(tensor, context, sequence parallelism\) has no R_dis"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_ways_to_use_several_devices_that_are_not_known_to_be_exact_are_refused(setting, reason):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(n_gpu=1, ddp_static_graph=None),
+        accelerator=SimpleNamespace(is_fsdp2=False, parallelism_config=None),
+        is_deepspeed_enabled=False,
+        is_fsdp_enabled=False,
+    )
+    check_processes(trainer)
+    part, name, value = setting
+    setattr(getattr(trainer, part) if part else trainer, name, value)
+    with pytest.raises(ValueError, match=reason):
+        check_processes(trainer)
 
 
 def test_lora_on_the_head_is_refused(make_trainer, make_model):

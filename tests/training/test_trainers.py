@@ -439,6 +439,22 @@ def test_the_summed_sft_term_reaches_adapters_too(make_pair_trainer, make_model,
     assert loss.item() == pytest.approx(math.log(2) - 0.05 * sums[:, 0].mean().item(), rel=1e-5)
 
 
+def test_the_summed_sft_term_counts_in_evaluation_as_in_training(make_pair_trainer, make_model, make_lists):
+    rows, policy, reference = make_lists(4), make_model(), make_model(1)
+    trainer = make_pair_trainer(rows, policy, reference, weight=0.05)
+    trained = pair_loss(trainer)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(trained.item(), rel=1e-5)
+
+
+def test_an_sft_term_that_no_pass_shows_is_an_error(make_pair_trainer, make_model, make_lists, monkeypatch):
+    trainer = make_pair_trainer(make_lists(4), make_model(), make_model(1), weight=0.05)
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model, **_: make_model(2))  # not the one that runs
+    with pytest.raises(ValueError, match="shows no log_probs, so the SFT term cannot be added"):
+        pair_loss(trainer)
+    trainer.summed_sft_weight = 0.0
+    assert pair_loss(trainer).item() > 0
+
+
 def test_the_token_mean_option_is_trls(make_pair_trainer, make_model, make_lists):
     rows, policy, reference = make_lists(4), make_model(), make_model(1)
     blend = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.05]}
