@@ -16,6 +16,8 @@ from deftlib.method.distribution import (
     discrepancy,
     distribution_reward,
     folded_reward,
+    folded_reward_of_segments,
+    folded_reward_or_zero,
     mean_response_hidden,
     reward_direction,
 )
@@ -165,6 +167,26 @@ def test_each_row_has_its_own_reward_whatever_the_batch(head, random):
     assert torch.equal(folded_reward(hidden[rows], labels[rows], direction), in_order[rows])
 
 
+@settings(deadline=None, max_examples=25)
+@given(heads())
+def test_responses_in_one_row_have_the_rewards_of_rows_of_their_own(head):
+    hidden, weight, bias, labels, q_diff = head
+    direction, offset = reward_direction(weight, q_diff), reward_direction(bias, q_diff)
+    labels[0] = -100  # a response without a token: 0, and so said
+    alone, has_any = folded_reward_or_zero(hidden, labels, direction, offset)
+    assert alone[0] == 0 and not has_any[0]
+    assert torch.equal(alone[has_any], folded_reward(hidden[has_any], labels[has_any], direction, offset))
+
+    rows, time = labels.shape
+    first, segments = torch.arange(rows * time) % time == 0, torch.arange(rows * time) // time
+    packed = labels.flatten().masked_fill(first, -100)[None], segments[None]
+    together, of_segment = folded_reward_of_segments(hidden.flatten(0, 1)[None], *packed, direction, offset)
+    assert of_segment.nonzero().flatten().tolist() == has_any.nonzero().flatten().tolist()
+    torch.testing.assert_close(together[:rows], alone, rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad(r.sum(), (hidden, weight), retain_graph=True) for r in (together, alone))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_adding_a_constant_to_all_logits_changes_nothing():
     logits, q_diff = exact(GOLDEN["inputs"]["logits"]), FIXTURES["deft_rdis"]["q_diff"]
     shifted = distribution_reward(logits + 7, LABELS, q_diff)
@@ -202,7 +224,13 @@ def test_one_mean_hidden_state_serves_every_discrepancy():
 
 def test_positions_outside_the_response_cannot_spoil_the_reward():
     hidden = exact([[[math.nan, math.inf], [3.0, 2.0], [math.nan, 0.0]]])
-    assert mean_response_hidden(hidden, torch.tensor([[1, -100, 1]])).tolist() == [[3.0, 2.0]]
+    labels, direction = torch.tensor([[1, -100, 1]]), exact([1.0, -1.0])
+    assert mean_response_hidden(hidden, labels).tolist() == [[3.0, 2.0]]
+    for rewards in (
+        folded_reward_or_zero(hidden, labels, direction)[0],
+        folded_reward_of_segments(hidden, labels, torch.zeros(1, 3, dtype=torch.int64), direction)[0][:1],
+    ):
+        assert rewards.tolist() == [1.0]
 
 
 def test_a_row_without_response_tokens_is_refused_by_number():

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from deftlib.method.distribution import distribution_reward, folded_reward, reward_direction
-from deftlib.method.heads import HeadError, backbone, output_head
+from deftlib.method.heads import HeadError, backbone, check_head, output_head, virtual_tokens
 
 SIZES = {
     "vocab_size": 23,
@@ -74,3 +74,14 @@ def test_a_soft_capped_head_is_refused_by_name(config, named):
 def test_gemma_without_its_soft_cap_is_linear():
     model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, final_logit_softcapping=None))
     assert output_head(model)[2] == 1.0
+
+
+def test_virtual_tokens_are_those_of_prompt_learning():
+    tuned, adapted = (SimpleNamespace(is_prompt_learning=kind, num_virtual_tokens=3) for kind in (True, False))
+    assert virtual_tokens(SimpleNamespace(peft_config={"default": tuned})) == 3
+    assert virtual_tokens(SimpleNamespace(peft_config={"default": adapted})) == virtual_tokens(SimpleNamespace()) == 0
+
+
+def test_weights_that_are_still_to_come_are_not_checked():
+    with torch.device("meta"):
+        check_head(AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, final_logit_softcapping=None)))
