@@ -179,6 +179,7 @@ class DistributionGuided:
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model_wrapped, self.optimizer)
         if self.is_fsdp_enabled:
             self.model = self.model_wrapped
+            self.accelerator.state.fsdp_plugin.activation_checkpointing = False  # done, and prepare() would do it again
 
     def _micro_batches(self, apart):
         """The prepared micro-batches of training, in the order of one process, each of them in all processes."""

@@ -52,8 +52,12 @@ def test_two_processes_train_as_one(run, of_two, of_one):
         assert len(one["batches"]) == 2 * MICRO_BATCHES
         assert [batch for pair in zip(first["batches"], second["batches"]) for batch in pair] == one["batches"]
         assert first["omega"] == pytest.approx(one["omega"], rel=1e-6)
-        first_ratio = one["ratios"][0] if run.wrapper != "ddp" and run.guided else None
+        first_ratio = one["ratios"][0] if run.wrapper.startswith("fsdp2") and run.guided else None
         assert first_ratio is None or first["log"][0]["gradient_ratio"] == pytest.approx(first_ratio, rel=1e-5)
+    layers = (
+        2 if run.wrapper == "fsdp2 checkpointed" else 0
+    )  # once each, though calibration wrapped them before training
+    assert first["checkpointed"] == layers
     change = (one["after"] - one["before"]).norm()
     assert change > 1e-2
     assert (first["after"] - one["after"]).norm() < 1e-5 * change
@@ -62,6 +66,6 @@ def test_two_processes_train_as_one(run, of_two, of_one):
     assert first["log"][0]["loss"] == pytest.approx(one["log"][0]["loss"], rel=1e-6, abs=1e-6)
     for found, wanted in zip(first["log"], one["log"]):
         assert found.keys() == wanted.keys() and ("gradient_ratio" in found) == run.guided
-        ratio_of_part = run.method == "rloo" or run.wrapper != "ddp"  # FSDP2: of the first micro-batch alone
+        ratio_of_part = run.method == "rloo" or run.wrapper.startswith("fsdp2")  # FSDP2: of the first micro-batch alone
         for name in wanted.keys() - ({"gradient_ratio"} if ratio_of_part else set()):
             assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name

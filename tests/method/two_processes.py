@@ -66,6 +66,7 @@ RUNS = [
     ),
     # A head in shards of its own, which TRL's losses do not average over processes; ours do.
     *(Run(method, tied=False, wrapper="fsdp2 of every matrix") for method in ("pro", "ift")),
+    *(Run(method, wrapper=w) for method in ("dpo", "ift") for w in ("ddp checkpointed", "fsdp2 checkpointed")),
 ]
 
 
@@ -110,8 +111,9 @@ class SaidBefore(RLOOTrainer):
 class GuidedSaidBefore(DistributionGuided, SaidBefore): ...
 
 
-def sharded(kind, apart):
-    """The trainer class on FSDP2, which accelerate offers on GPUs alone. apart: classes of modules to shard."""
+def sharded(kind, wrapper):
+    """The trainer class on FSDP2, which accelerate offers on GPUs alone."""
+    apart = ["LlamaDecoderLayer", *["Linear"] * ("every matrix" in wrapper)]
 
     class Sharded(kind):
         def create_accelerator_and_postprocess(self):
@@ -122,6 +124,7 @@ def sharded(kind, apart):
                 auto_wrap_policy="transformer_based_wrap",
                 transformer_cls_names_to_wrap=apart,
                 cpu_ram_efficient_loading=False,
+                activation_checkpointing="checkpointed" in wrapper,
             )
             self.is_fsdp_enabled = True
 
@@ -146,12 +149,13 @@ def build(run, folder, processes):
         logging_steps=1,
         max_grad_norm=0.0,
         use_cpu=True,
+        gradient_checkpointing=run.wrapper == "ddp checkpointed",
     )
     q_diff = torch.rand(len(VOCAB), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     common = {"processing_class": tokenizer(), "q_diff": q_diff - q_diff.mean(), "ratio_steps": 1}
     model, kind = policy(run.tied), lambda kind: kind
-    if run.wrapper != "ddp" and processes > 1:
-        kind = partial(sharded, apart=["LlamaDecoderLayer", *["Linear"] * (run.wrapper != "fsdp2")])
+    if run.wrapper.startswith("fsdp2") and processes > 1:
+        kind = partial(sharded, wrapper=run.wrapper)
     adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if run.lora else None
     count = MICRO_BATCH * MICRO_BATCHES * 2
     if run.method == "sft":
@@ -221,6 +225,7 @@ def did(run, processes):
         log = [{n: entry[n] for n in names if n in entry} for entry in trainer.state.log_history if "loss" in entry]
         after = trained_weights(trainer.model)
     found = {"omega": trainer.omega, "log": log, "before": before, "after": after, "batches": batches}
+    found["checkpointed"] = sum("CheckpointWrapper" in type(module).__name__ for module in trainer.model.modules())
     return {**found, "ratios": [ratio.item() for ratio, _ in ratios]}
 
 
