@@ -41,8 +41,9 @@ RUNS = [(method, seed) for method in ("sft", "deft-pro", "rrhf") for seed in ran
 
 def bench(profile, sizes):
     """One row a comparison: what, ratio, of which numbers, at which size, and what shows that both did the same."""
-    rows = [*guided_step(profile), grouped_by_length(profile), *bench_lists.rows(sizes), fitted_at_once(profile)]
-    return pd.DataFrame([*rows, in_two_processes(profile), *operators(profile)]).set_index("what")
+    rows = [*guided_step(profile), *operators(profile), grouped_by_length(profile)]
+    rows += [*counted(), *held(sizes), fitted_at_once(profile), in_two_processes(profile)]
+    return pd.DataFrame(rows).set_index("what")
 
 
 def guided_step(profile):
@@ -72,6 +73,27 @@ def grouped_by_length(profile):
     same = "the same replies in an epoch" if tokens[True] == tokens[False] else "OTHER REPLIES"
     medians = [statistics.median(seconds[grouped]) for grouped in (True, False)]
     return _row("SFT epoch, grouped by length / at random, s", *medians, size, same)
+
+
+def counted():
+    """Counting the tokens of replies against the tokenizer alone: tokens a second, by one process and by two."""
+    table = bench_lists.counting(policies.mini_tokenizer())
+    for row in table.to_dict("records"):
+        alone = row["tokens/s"] / row["of the tokenizer's"]
+        what = f"counting, {row['processes']:.0f} processes / tokenizer alone, tokens/s"
+        yield _row(
+            what, row["tokens/s"], alone, "20,000 pairs", "int64 counts add up (tests/training/test_counting.py)"
+        )
+
+
+def held(sizes):
+    """Resident memory at the peak of reading, encoding and counting, against the fewest lists: MB."""
+    table = bench_lists.memory(sizes)
+    for row in table.to_dict("records"):
+        seconds = sum(row[f"{step} (s)"] for step in ("reading", "encoding", "counting"))
+        size = f"{row['lists']:,.0f} lists, a file of {row['file (MB)']:,.0f} MB, {seconds:.0f} s"
+        first = table["peak (MB)"].iloc[0]
+        yield _row("peak memory of reading, encoding, counting, MB", row["peak (MB)"], first, size, "the same code")
 
 
 def fitted_at_once(profile):

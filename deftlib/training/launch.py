@@ -82,21 +82,24 @@ def command(launch):
 
 
 def share(profile):
-    """The profile as one process trains by it: micro-batches so that all together see the same lists an update.
+    """The profile as one process trains by it: all together see the same micro-batches, and as many an update.
 
-    Raises LaunchError where the lists of an update cannot be dealt evenly.
+    Either whole micro-batches are dealt in turn, or each is split among all. Raises LaunchError where neither comes out
+    even.
     """
     training, processes = profile.training, profile.launch.processes
-    lists = training.batch_size * training.gradient_accumulation
-    own, left = divmod(lists, processes)
-    if left:
+    size, steps = training.batch_size, training.gradient_accumulation
+    if steps % processes == 0:
+        steps //= processes
+    elif size % processes == 0:
+        size //= processes
+    else:
         raise LaunchError(
-            f"{lists} lists an update (training.batch_size x training.gradient_accumulation) cannot be dealt evenly "
-            f"over launch.processes={processes}"
+            f"neither training.batch_size={size} nor training.gradient_accumulation={steps} can be dealt evenly over "
+            f"launch.processes={processes}"
         )
-    size = next(size for size in range(min(own, training.batch_size), 0, -1) if own % size == 0)
-    own_training = dataclasses.replace(training, batch_size=size, gradient_accumulation=own // size)
-    return dataclasses.replace(profile, training=own_training)
+    own = dataclasses.replace(training, batch_size=size, gradient_accumulation=steps)
+    return dataclasses.replace(profile, training=own)
 
 
 def arguments(profile):
