@@ -43,6 +43,8 @@ class DistributionGuided:
     Raises ValueError for options and batches it cannot be exact on, HeadError for heads that do not fold.
     """
 
+    micro_batches_split = False  # whether a micro-batch is what all processes hold at a time, each an equal part of it
+
     def __init__(self, *args, q_diff, omega=0.0, ratio_steps=100, **kwargs):
         super().__init__(*args, **kwargs)
         if getattr(self.args, "tpo_alpha", 0):  # its batches look like DPO's and hold the gold answers as a third part
@@ -149,13 +151,16 @@ class DistributionGuided:
         one random state. Past DDP's own forward pass, which would have them sum gradients up.
         """
         norms, sharded = [], hasattr(self.model, "set_requires_gradient_sync")
+        split = self.micro_batches_split and self.accelerator.num_processes > 1
+        averaged = (lambda gradient: self.accelerator.reduce(gradient, "mean")) if split else None
+        tokens = self._get_num_items_in_batch([inputs], self.args.device) if split else None  # of SFT's mean, in all
         for kept in (self._random_state_kept(), nullcontext()):
             with kept:
-                loss, rewards, _, count = self._loss_and_rewards(self.model, dict(inputs))
+                loss, rewards, _, count = self._loss_and_rewards(self.model, dict(inputs), False, tokens)
             value = loss if not norms else rewards.sum() / count
             if norms and sharded:  # FSDP2 gathers its weights where the gradient of the model's output comes by
                 value = value + 0 * loss
-            norms.append(gradient_norm(self.model, value))
+            norms.append(gradient_norm(self.model, value, averaged))
             del loss, rewards, value  # what is left of this graph, before the next is built
         return torch.stack(norms)
 
@@ -186,12 +191,12 @@ class DistributionGuided:
         for step, inputs in enumerate(self.get_train_dataloader()):
             apart._step = step  # GRPO and RLOO count micro-batches, to know when to generate
             inputs = apart._prepare_inputs(inputs)
-            for process in range(self.accelerator.num_processes):
+            for process in range(1 if self.micro_batches_split else self.accelerator.num_processes):
                 yield self._from_process(process, inputs)
 
     def _from_process(self, process, inputs):
         """The micro-batch of one process, in all: only so is a gradient that FSDP2 averages that of one micro-batch."""
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or self.micro_batches_split:
             return inputs
         mine = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         shared = [mine]

@@ -52,14 +52,17 @@ def at_the_head(model, compute, only_with_gradients=True):
         handle.remove()
 
 
-def gradient_norm(model, value):
+def gradient_norm(model, value, averaged=None):
     """|grad value| over the trainable parameters, by a backward pass that leaves no gradient behind: float[].
 
-    Under FSDP2 the gradient is the mean over processes, and the norm is that of the whole. Adds to no gradient that
-    an optimizer is still to read: call it where there are none.
+    averaged: what makes a gradient of one process the mean over all, None if it is to stay its own. Under FSDP2 it is
+    that mean in any case, and the norm is that of the whole. Adds to no gradient that an optimizer is still to read:
+    call it where there are none.
     """
     value.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if averaged is not None:
+        gradients = [g if hasattr(g, "full_tensor") else averaged(g) for g in gradients]
     for parameter in model.parameters():
         parameter.grad = None
     sharded = [gradient for gradient in gradients if hasattr(gradient, "full_tensor")]

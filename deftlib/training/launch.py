@@ -102,6 +102,11 @@ def share(profile):
     return dataclasses.replace(profile, training=own)
 
 
+def splits(profile):
+    """Whether each micro-batch is split among the processes, rather than dealt whole."""
+    return share(profile).training.batch_size < profile.training.batch_size
+
+
 def arguments(profile):
     """Further `TrainingArguments` of a launched training: how the model is dealt over the processes."""
     if profile.launch.processes == 1 or profile.launch.config == "ddp":

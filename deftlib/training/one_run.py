@@ -33,6 +33,7 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
         if used < len(trainer.train_dataset):
             print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
         trainer.add_callback(Progress(folder, f"{method} seed {seed}"))
+        trainer.micro_batches_split = launch.splits(profile)
         trainer.omega = _omega(trainer, omega, q_diff, folder)
         fit_or_resume(trainer, folder)
     if not trainer.is_world_process_zero():

@@ -57,12 +57,12 @@ def profile(processes=1, **more):
     return Profile.load("mini", SETTINGS | more | {"launch.processes": processes})
 
 
-def trained(folder, processes, given, **run):
+def trained(folder, processes, given, settings=None, **run):
     """(log, weights, summary) of a training of DEFT-PRO with a calibrated omega."""
     folder.mkdir(exist_ok=True)
     run = {"method": "deft-pro", "seed": 0, "omega": vars(Omega("ratio", 0.5, 2)), **given, **run}
     train_into = one_run.train_into if processes == 1 else launch.launched
-    train_into(profile=profile(processes), folder=folder, **run)
+    train_into(profile=profile(processes, **(settings or {})), folder=folder, **run)
     return read_log(folder), load_file(folder / "model.safetensors"), json.loads((folder / "summary.json").read_text())
 
 
@@ -82,6 +82,19 @@ def test_two_processes_train_what_one_trains(given, whole, tmp_path):
         assert log[0][name] == pytest.approx(one_log[0][name], abs=1e-6), name
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
+
+
+def test_a_micro_batch_that_two_processes_share_gives_the_same_omega(given, tmp_path):
+    one_micro_batch = {"training.batch_size": 4, "training.gradient_accumulation": 1}
+    run = {"settings": one_micro_batch, "method": "deft-sft", "updates": 2}  # whose loss is a mean over tokens
+    (one_log, one, of_one), (log, two, of_two) = (
+        trained(tmp_path / str(processes), processes, given, **run) for processes in (1, 2)
+    )
+    assert of_two["omega"] == pytest.approx(of_one["omega"], rel=1e-6)
+    for name in ("loss", "R_dis", "gradient_ratio"):
+        assert log[0][name] == pytest.approx(one_log[0][name], abs=1e-6), name
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-5)
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
