@@ -1,7 +1,8 @@
 """Two processes under DDP and FSDP2 train as one does: batches, first loss, omega, what is logged, weights.
 
-FSDP2 runs here as accelerate wraps it on GPUs (`two_processes.sharded`), on the CPU with gloo. Not covered: NCCL, mixed
-precision under FSDP2, what RLOO samples (it differs by the random state of each process, as TRL's own does).
+FSDP2 runs here as accelerate wraps it on GPUs (`two_processes.sharded`), on the CPU with gloo. Not covered: NCCL, CPU
+offload, HSDP, weights loaded in the first process alone, and RLOO's sampling, which differs by the random state of each
+process and under FSDP2 is TRL's own affair.
 """
 
 import os
@@ -34,7 +35,7 @@ def of_one():
     known = {}
 
     def find(run):
-        run = run._replace(wrapper="ddp")
+        run = run._replace(wrapper="ddp bf16" if "bf16" in run.wrapper else "ddp")
         if run not in known:
             known[run] = did(run, processes=1)
         return known[run]
@@ -42,30 +43,35 @@ def of_one():
     return find
 
 
+EXACT = {"rel": 1e-5, "abs": 1e-6}
+ROUNDED = {"rel": 1e-2, "abs": 2e-2}  # bfloat16 passes; FSDP2 averages gradients in it too
+
+
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_two_processes_train_as_one(run, of_two, of_one):
     (first, second), one = (found[run] for found in of_two), of_one(run)
+    is_sharded = run.wrapper.startswith("fsdp2")
+    tolerance = ROUNDED if "bf16" in run.wrapper else EXACT
     assert torch.equal(first["before"], one["before"])
     assert first["omega"] == second["omega"] and torch.equal(first["after"], second["after"])
+    change = (one["after"] - one["before"]).norm()
+    assert change > 1e-2
+    assert (first["after"] - one["after"]).norm() < (1e-5 if tolerance is EXACT else 5e-2) * change
+    # Calibration wraps before training does: the two layers are not to be wrapped twice.
+    assert first["checkpointed"] == (2 if run.wrapper == "fsdp2 checkpointed" else 0)
+
     # RLOO deals what was sampled for an update out to its micro-batches at random: the update alone is the same.
+    of_part = {"gradient_ratio"} if is_sharded or run.method == "rloo" else set()  # FSDP2: of one micro-batch
     if run.method != "rloo":
         assert len(one["batches"]) == 2 * MICRO_BATCHES
         assert [batch for pair in zip(first["batches"], second["batches"]) for batch in pair] == one["batches"]
-        assert first["omega"] == pytest.approx(one["omega"], rel=1e-6)
-        first_ratio = one["ratios"][0] if run.wrapper.startswith("fsdp2") and run.guided else None
-        assert first_ratio is None or first["log"][0]["gradient_ratio"] == pytest.approx(first_ratio, rel=1e-5)
-    layers = (
-        2 if run.wrapper == "fsdp2 checkpointed" else 0
-    )  # once each, though calibration wrapped them before training
-    assert first["checkpointed"] == layers
-    change = (one["after"] - one["before"]).norm()
-    assert change > 1e-2
-    assert (first["after"] - one["after"]).norm() < 1e-5 * change
-
+        assert first["omega"] == pytest.approx(one["omega"], rel=1e-6 if tolerance is EXACT else 1e-2)
+        if is_sharded and run.guided:
+            assert first["log"][0]["gradient_ratio"] == pytest.approx(one["ratios"][0], **tolerance)
     assert len(first["log"]) == len(one["log"]) == 2
-    assert first["log"][0]["loss"] == pytest.approx(one["log"][0]["loss"], rel=1e-6, abs=1e-6)
+    if tolerance is EXACT:
+        assert first["log"][0]["loss"] == pytest.approx(one["log"][0]["loss"], rel=1e-6, abs=1e-6)
     for found, wanted in zip(first["log"], one["log"]):
         assert found.keys() == wanted.keys() and ("gradient_ratio" in found) == run.guided
-        ratio_of_part = run.method == "rloo" or run.wrapper.startswith("fsdp2")  # FSDP2: of the first micro-batch alone
-        for name in wanted.keys() - ({"gradient_ratio"} if ratio_of_part else set()):
-            assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name
+        for name in wanted.keys() - of_part:
+            assert found[name] == pytest.approx(wanted[name], **tolerance), name

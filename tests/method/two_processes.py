@@ -67,6 +67,7 @@ RUNS = [
     # A head in shards of its own, which TRL's losses do not average over processes; ours do.
     *(Run(method, tied=False, wrapper="fsdp2 of every matrix") for method in ("pro", "ift")),
     *(Run(method, wrapper=w) for method in ("dpo", "ift") for w in ("ddp checkpointed", "fsdp2 checkpointed")),
+    *(Run(method, wrapper=w) for method in ("sft", "pro") for w in ("ddp bf16", "fsdp2 bf16")),
 ]
 
 
@@ -126,6 +127,8 @@ def sharded(kind, wrapper):
                 cpu_ram_efficient_loading=False,
                 activation_checkpointing="checkpointed" in wrapper,
             )
+            if "bf16" in wrapper:
+                self.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
             self.is_fsdp_enabled = True
 
     return Sharded
@@ -150,6 +153,7 @@ def build(run, folder, processes):
         max_grad_norm=0.0,
         use_cpu=True,
         gradient_checkpointing=run.wrapper == "ddp checkpointed",
+        bf16="bf16" in run.wrapper,
     )
     q_diff = torch.rand(len(VOCAB), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     common = {"processing_class": tokenizer(), "q_diff": q_diff - q_diff.mean(), "ratio_steps": 1}
