@@ -180,6 +180,7 @@ def overrides(folder, url):
         "evaluation.refiner": server,
         "evaluation.pair_judge": server,
         "mt_bench.judge": server,
+        "launch.processes": 1,  # of two cores; part of no result's key
     }
 
 

@@ -1,6 +1,7 @@
 """The dress rehearsal: `PROFILE=paper` in miniature, every notebook by the command that a reader types.
 
-Nothing of the published setting is changed but where models, lists and judges come from (`rehearsal.overrides`).
+Nothing of the published setting is changed but where models, lists and judges come from (`rehearsal.overrides`). Three
+policies are trained in two processes first, whole copies of the model and shares of it; the notebooks find them.
 """
 
 import json
@@ -17,15 +18,16 @@ import servers
 
 from deftlib.profile import Profile, one_line
 
-FIRST = ["00_walkthrough", "01_grading"]  # the second makes what all of the others need
-TOGETHER = ["03_training", "07_methods", "05_mt_bench", "06_ablation", "02_distribution", "04_evaluation"]
-LAST = ["human_rating"]
+IN_TWO_PROCESSES = {"ddp": "deft-dpo", "fsdp2": "deft-pro"}  # {launch.config: method}; deft-dpo takes SFT with it
+FIRST = ["00_walkthrough", "01_grading"]
+THEN = ["03_training", "07_methods", "05_mt_bench", "06_ablation", "02_distribution", "04_evaluation", "human_rating"]
+TWO = ["--set", "launch.processes=2"]
 MINUTES = 6  # on two cores
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """(the project's folder, {notebook: (exit code, what it said)}, seconds that all of them took)."""
+    """(the project's folder, {notebook or method: (exit code, what it said)}, seconds that all of them took)."""
     folder = rehearsal.build(tmp_path_factory.mktemp("rehearsal"))
     server = servers.ChatServer("ok", reply=rehearsal.said_by_the_server)
     changes = rehearsal.overrides(folder, server.url)
@@ -33,14 +35,18 @@ def rehearsed(tmp_path_factory):
     places = {"DEFT_ROOT": str(folder), "DEFT_DATA": str(folder / "given"), "PYTHONPATH": str(rehearsal.ROOT)}
     env = os.environ | places | {"OMP_NUM_THREADS": "1", "OPENAI_API_KEY": servers.KEY}
 
-    def run(name):
-        command = [sys.executable, "-m", "deftlib", "run", f"notebooks/{name}.ipynb", "--profile", "paper", *options]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        return name, (done.returncode, f"{done.stdout}\n{done.stderr}")
+    def deft(name, *more):
+        whole = [sys.executable, "-m", "deftlib", name, "--profile", "paper", *options, *more]
+        done = subprocess.run(whole, cwd=folder, env=env, capture_output=True, text=True)
+        return done.returncode, f"{done.stdout}\n{done.stderr}"
 
+    train = lambda item: deft("train", "--method", item[1], *TWO, "--set", f"launch.config={item[0]}")
+    run = lambda name: deft("run", f"notebooks/{name}.ipynb")
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as two_at_a_time:
-        ran = dict(map(run, FIRST)) | dict(two_at_a_time.map(run, TOGETHER + LAST))
+        ran = dict(zip(IN_TWO_PROCESSES.values(), map(train, IN_TWO_PROCESSES.items())))
+        for names in (FIRST, THEN):
+            ran |= zip(names, two_at_a_time.map(run, names))
     seconds = time.perf_counter() - start
     server.stop()
     return folder, ran, seconds
@@ -57,11 +63,21 @@ def test_nothing_is_changed_but_where_things_come_from(tmp_path):
     sources = {"policy.source", "reward_models.train.source", "reward_models.evaluate.source"}
     sources |= {"evaluation.bart", "evaluation.zero_shot"}
     servers = {"evaluation.refiner", "evaluation.pair_judge", "mt_bench.judge"}
-    assert set(small.changes) == sources | {f"{each}.{what}" for each in servers for what in ("url", "model")}
+    servers = {f"{each}.{what}" for each in servers for what in ("url", "model")}
+    assert sources | servers <= set(small.changes) <= sources | servers | {"launch.processes"}
     assert [row.name for row in small.evaluation.zero_shot] == [row.name for row in plain.evaluation.zero_shot]
 
 
-@pytest.mark.parametrize("name", FIRST + TOGETHER + LAST)
+def test_policies_are_trained_in_two_processes(rehearsed):
+    folder, ran, _ = rehearsed
+    for config, method in IN_TWO_PROCESSES.items():
+        code, said = ran[method]
+        assert code == 0, said[-3000:]
+        (summary,) = folder.glob(f"build/paper/policies/{method}-seed0-*/summary.json")  # no notebook made another
+        assert json.loads(summary.read_text())["launch"] == {"processes": 2, "config": config, "nodes": 1}
+
+
+@pytest.mark.parametrize("name", FIRST + THEN)
 def test_a_notebook_runs_under_the_published_setting(rehearsed, name):
     _, ran, _ = rehearsed
     code, said = ran[name]
@@ -83,7 +99,7 @@ def test_shares_and_cuts_are_the_published_ones(rehearsed):
 
 
 def test_every_column_and_row_of_the_published_tables_is_there(rehearsed):
-    folder, ran, _ = rehearsed
+    folder, _, _ = rehearsed
     trained = ["sft", "pro", "dpo", "deft-pro", "deft-dpo", "deft-pro (distribution)", "deft-dpo (distribution)"]
     metrics = table(folder, "table_metrics").set_index("method")
     assert list(metrics.index) == ["start", "Mistral", "Zephyr", *trained]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import servers
 from conftest import FakeJudge
+from datasets import Dataset
 from servers import KEY, VERSION
 
 from deftlib import store
@@ -177,6 +178,21 @@ def test_a_test_file_of_its_own_stays_one(tmp_path, profile, sft_says):
     folder = extend.longer_lists(profile)
     assert [row["id"] for row in lines(folder / "test.jsonl")] == ["t"]
     assert "t" not in {row["id"] for row in lines(folder / "train.jsonl")}
+
+
+def test_finished_reward_models_leave_no_parts_to_carry_over(tmp_path):
+    row = {
+        "id": "a",
+        "subset": "s",
+        "prompt": "\n\nHuman: Hi?\n\nAssistant:",
+        "responses": [" x", " y"],
+        "rewards": None,
+    }
+    for name in ("dev", "test"):
+        Dataset.from_list([row | {"id": name}]).to_parquet(tmp_path / f"{name}.parquet")
+    extend._write_source(tmp_path, Profile.load("paper").data, tmp_path, [row])
+    assert [row["id"] for row in lines(tmp_path / "train.jsonl")] == ["a", "dev"]
+    assert [row["id"] for row in lines(tmp_path / "test.jsonl")] == ["test"]
 
 
 @pytest.mark.parametrize(
