@@ -12,7 +12,7 @@ from deftlib.models import policies
 from deftlib.models.loop import read_log
 from deftlib.preferences.lists import read, read_lists
 from deftlib.profile import Omega, Profile
-from deftlib.training import building, subset, train
+from deftlib.training import building, one_run, subset, train
 
 SETTINGS = {
     "data.train_lists": 24,
@@ -70,8 +70,10 @@ def hundred_updates(method, folder):
     subset.save_q_diff(folder / "q_diff.npz", *counts, policies.fingerprint(tokenizer))
     tenths = lambda prompts, completions, **_: [len(said) / 10 for said in completions]
     building._r_train_reward = lambda profile: tenths
-    weight = Omega("ratio", 0.03, 2) if method.startswith("deft-") else 0.0
-    train._train(folder, settings, method, 0, start, lists, folder / "q_diff.npz", weight, 100)
+    weight = vars(Omega("ratio", 0.03, 2)) if method.startswith("deft-") else 0.0
+    lists.to_parquet(folder / "lists.parquet")
+    given = {"lists": folder / "lists.parquet", "q_diff": folder / "q_diff.npz"}
+    one_run.train_into(folder, settings, method, 0, start, **given, omega=weight, updates=100)
     return [[entry["loss"], entry["grad_norm"]] for entry in read_log(folder)]
 
 
