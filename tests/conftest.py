@@ -12,6 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deftlib import provenance
@@ -101,6 +102,16 @@ def make_lists():
 def q_diff():
     values = torch.rand(len(VOCAB), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return (values - values.mean()).numpy()
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host reads what a device computed: on a GPU it waits there."""
+
+    reading, count = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name in self.reading
+        return function(*args, **(kwargs or {}))
 
 
 class FakeJudge:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import cross_entropy, linear
@@ -174,10 +175,9 @@ def rows_by_length(list_lengths):
 
     list_lengths: B ints. They stay on the host, and so does this.
     """
-    lengths = torch.as_tensor(list_lengths)
-    starts = lengths.cumsum(0) - lengths
-    for length in lengths.unique().tolist():
-        yield starts[lengths == length].unsqueeze(-1) + torch.arange(length)
+    starts = [end - length for end, length in zip(accumulate(list_lengths), list_lengths)]
+    for length in sorted(set(list_lengths)):
+        yield torch.tensor([range(s, s + length) for s, each in zip(starts, list_lengths) if each == length])
 
 
 def without_end_of_longest(input_ids, attention_mask, labels, eos_token_id):

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, SMALL, VOCAB
+from conftest import EOS, SMALL, VOCAB, Waits
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PhiConfig, PhiForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import (
     DPOConfig,
@@ -393,18 +392,6 @@ def test_reentrant_checkpointing_changes_neither_the_push_nor_the_ratio_nor_omeg
 
 
 # ---- what a step costs -------------------------------------------------------------------------------------------
-
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero"}  # on a GPU, for the device
-
-
-class Waits(TorchDispatchMode):
-    """Counts where the host reads what the device computed."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function._schema.name in WAITS
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "without padding"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, Waits
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM, PhiConfig, PhiForCausalLM, TrainingArguments
@@ -166,6 +166,21 @@ def test_a_chunk_of_logits_is_computed_anew_and_none_is_held_for_the_backward_pa
     assert chunks == [7, 7, 2] and not {(7, SMALL["vocab_size"]), (2, SMALL["vocab_size"])} & set(held)
     total.backward()
     assert sorted(chunks) == [2, 2, 7, 7, 7, 7] and model.lm_head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_step_over_lists_waits_for_the_device_once_a_pass_and_once_a_loss(
+    guided, list_trainer, make_model, make_lists, q_diff
+):
+    rows = concatenate_datasets([make_lists(2, 3), make_lists(2, 2, seed=1)])
+    model = make_model(attn_implementation="eager").train()  # sdpa reads the mask, once more a pass
+    trainer = list_trainer("pro", rows, model, **({"q_diff": q_diff} if guided else {}))
+    batch = trainer.data_collator(list(rows))
+    with Waits() as waits:
+        loss = trainer.compute_loss(trainer.model, batch)
+    assert waits.count == 1 + 2  # where the response tokens are; is one without any, for each length of list
+    trainer.log({"loss": loss.item()})
+    assert trainer.state.log_history[-1]["num_tokens"] == batch["attention_mask"].sum()
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------------
