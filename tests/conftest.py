@@ -105,12 +105,17 @@ def q_diff():
 
 
 class Waits(TorchDispatchMode):
-    """Counts where the host reads what a device computed: on a GPU it waits there."""
+    """Counts where the host reads what a device computed, values or shapes: on a GPU it waits there."""
 
-    reading, count = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}, 0
+    reading = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2")
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function._schema.name in self.reading
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self.count += name in self.reading or by_mask
         return function(*args, **(kwargs or {}))
 
 

@@ -69,4 +69,5 @@ def gradient_norm(model, value, averaged=None):
     whole = [gradient.float().norm() for gradient in gradients if not hasattr(gradient, "full_tensor")]
     if sharded:
         whole.append(torch.nn.utils.get_total_norm(sharded).full_tensor().float())
-    return torch.stack(whole).norm() if whole else value.new_zeros(())
+    norms = [norm.to(value.device) for norm in whole]  # FSDP2 may keep them in the memory of the host
+    return torch.stack(norms).norm() if norms else value.new_zeros(())
