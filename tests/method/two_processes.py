@@ -33,7 +33,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
-from trl import DPOConfig, RLOOConfig, RLOOTrainer, SFTConfig
+from trl import DPOConfig, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer, SFTConfig
 
 from deftlib.method.guidance import DistributionGuided
 from deftlib.method.losses import pro_loss
@@ -67,6 +67,7 @@ RUNS = [
     # A head in shards of its own, which TRL's losses do not average over processes; ours do.
     *(Run(method, tied=False, wrapper="fsdp2 of every matrix") for method in ("pro", "ift")),
     *(Run(method, wrapper=w) for method in ("dpo", "ift") for w in ("ddp checkpointed", "fsdp2 checkpointed")),
+    *(Run("kto", wrapper=w) for w in ("ddp", "fsdp2")),
     *(Run(method, wrapper=w) for method in ("sft", "pro") for w in ("ddp bf16", "fsdp2 bf16")),
 ]
 
@@ -110,6 +111,9 @@ class SaidBefore(RLOOTrainer):
 
 
 class GuidedSaidBefore(DistributionGuided, SaidBefore): ...
+
+
+class GuidedKTO(DistributionGuided, KTOTrainer): ...
 
 
 def sharded(kind, wrapper):
@@ -172,11 +176,20 @@ def build(run, folder, processes):
         common |= {"peft_config": adapters, "ref_model": None if run.lora else policy(run.tied)}
         rows = rows.map(encoding.as_pair, remove_columns=["response_ids", "rewards"])
         return kind(trainers.GuidedPairTrainer)(model, args=args, train_dataset=rows, **common, summed_sft_weight=0.05)
+    names = {number: word for word, number in VOCAB.items()}
+    words = lambda ids: " ".join(names[i] for i in ids)
+    if run.method == "kto":  # a loss that does not ask all processes for a mean of theirs, as KTO's own does
+        args = KTOConfig(**kwargs, max_length=None, loss_type="apo_zero_unpaired")
+        rows = [
+            {"prompt": words(row["prompt_ids"]), "completion": words(row["response_ids"][0][:-1]), "label": i % 3 == 0}
+            for i, row in enumerate(lists(count, 1))
+        ]
+        common |= {"train_dataset": Dataset.from_list(rows), "ref_model": policy(run.tied)}
+        return kind(GuidedKTO)(model, args=args, **common)
     if run.method == "rloo":
         kwargs["per_device_train_batch_size"] *= 2
         args = RLOOConfig(**kwargs, num_generations=2, max_completion_length=6, beta=0.0, remove_unused_columns=False)
-        names = {number: word for word, number in VOCAB.items()}
-        rows = [{"prompt": " ".join(names[i] for i in row["prompt_ids"])} for row in lists(count, 1)]
+        rows = [{"prompt": words(row["prompt_ids"])} for row in lists(count, 1)]
         lengths = lambda completions, **_: [float(len(text)) for text in completions]
         common |= {"reward_funcs": lengths, "train_dataset": Dataset.from_list(rows), "peft_config": adapters}
         return kind(GuidedSaidBefore)(model, args=args, **common)
