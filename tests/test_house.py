@@ -25,7 +25,7 @@ BROUGHT = {  # by a package that is declared: of one family with it, in step by 
     "nbclient": "papermill",
 }
 EXTRA_OF_ROOM = {"evaluation": ["evaluation"], "studies": ["evaluation", "reporting"], "reporting": ["reporting"]}
-LAZY = {"openai": "endpoint", "peft": "lora"}  # imported where it is used, with a sentence where it is missing
+LAZY = {"openai": "endpoint", "peft": "lora", "datatrove": "datatrove"}  # imported with a sentence where it is missing
 
 
 def listed(module):

@@ -8,6 +8,7 @@
     building       the trainer of a method, as the profile sets it up: model, reference, data, arguments
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own
     encoding       ranked lists as token ids, and the rows that SFT and DPO take
+    count_block    counting as a block of datatrove, for more lists than one machine reads
     subset         split, score, grade (by the rules of `method.grading`), count: the graded subset and its q_diff
     counting       token counts of ranked lists, by several processes
 

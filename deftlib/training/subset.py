@@ -180,11 +180,14 @@ def _grade_by_reward(profile, source, start, folder):
     rewards_of = lambda: batches.column(path, "rewards")
     best = np.fromiter(map(max, rewards_of()), np.float64)  # sec. 3.1: "the highest score within each sample"
     level = per_subset(levels, best, batches.codes(path, "subset")[1], **rule(profile, "reward"))
-    list_sides = (
-        sides(grade, of_list) if agrees({"rewards": of_list}) else extreme_sides(len(of_list))
-        for grade, of_list in zip(level, rewards_of())
-    )
-    _publish(folder, path, {"level": level}, _counts(profile, path, list_sides), start, profile, "reward")
+    counted_as = map(list_sides, level, rewards_of())
+    counts = _counts(profile, path, counted_as)
+    _publish(folder, path, {"level": level}, counts, start, profile, "reward")
+
+
+def list_sides(level, rewards):
+    """Sides of a list of this level, as `count_lists` takes them: by its rewards, where they fit its order."""
+    return sides(level, rewards) if agrees({"rewards": rewards}) else extreme_sides(len(rewards))
 
 
 def _grade_by_distribution(profile, policy_part, counted_folder, folder):
@@ -211,11 +214,11 @@ def counted(profile):
     return store.stage(profile, "counted", key, produce, "training.subset")
 
 
-def _counts(profile, path, list_sides):
+def _counts(profile, path, counted_as):
     """(Q_pos, Q_neg) of the lists in a Parquet file, with the start policy's tokenizer."""
     start, lists = policies.start_policy(profile), {"responses": batches.column(path, "responses")}
     tokenizer, num_proc = policies.load_tokenizer(start), profile.scale.num_proc
-    return count_lists(lists, list_sides, tokenizer, vocabulary_size(start), profile.text, num_proc)
+    return count_lists(lists, counted_as, tokenizer, vocabulary_size(start), profile.text, num_proc)
 
 
 def vocabulary_size(policy):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from deftlib.method import distribution
 from deftlib.method.distribution import (
     count_tokens,
     discrepancy,
@@ -47,6 +48,22 @@ def test_a_token_counts_as_often_as_it_occurs_and_side_zero_counts_nowhere():
     pos, neg = count_tokens([[[1, 1, 2], [0, 0], [1]], [[], [2, 2]]], [[+1, 0, -1], [+1, -1]], vocab_size=4)
     assert pos.tolist() == [0, 2, 1, 0]
     assert neg.tolist() == [0, 1, 2, 0]
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.lists(st.integers(0, 5)), st.sampled_from([1, -1, 0])), max_size=4)),
+    st.integers(1, 20),
+)
+def test_tokens_are_counted_alike_however_many_are_held(lists, held):
+    by_hand = {1: np.zeros(6, int), -1: np.zeros(6, int), 0: np.zeros(6, int)}
+    for replies in lists:
+        for tokens, side in replies:
+            np.add.at(by_hand[side], tokens, 1)
+    token_lists, list_sides = ([[reply[i] for reply in replies] for replies in lists] for i in (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distribution, "TOKENS_HELD", held)
+        pos, neg = count_tokens(token_lists, list_sides, vocab_size=6)
+    assert np.array_equal(pos, by_hand[1]) and np.array_equal(neg, by_hand[-1])
 
 
 @pytest.mark.parametrize(

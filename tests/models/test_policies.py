@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -31,6 +33,19 @@ def word_tokenizer(words, **special):
 
 
 # ---- text to tokens ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "x", "<eos>", "<pad>", "?", " "]), max_size=6).map(" ".join)))
+def test_texts_together_are_encoded_as_each_alone(texts):
+    words, text = word_tokenizer(["?", "a", "b"], bos_token="a"), Text(prompt_tokens=3, reply_tokens=3)
+    assert policies.encode_texts(words, texts) == [by_hand(words, text) for text in texts]
+    assert policies.encode_replies(words, texts, text) == [encode_reply(words, one, text) for one in texts]
+    assert policies.encode_prompts(words, texts, text) == [encode_prompt(words, one, text) for one in texts]
+
+
+def by_hand(words, text):
+    ids, special = words(text, add_special_tokens=False)["input_ids"], {"<pad>", "<eos>", "a"} & set(text.split())
+    return [i for i in ids if i not in words.convert_tokens_to_ids(list(special))]
 
 
 def test_a_long_prompt_loses_its_beginning():

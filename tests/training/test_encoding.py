@@ -1,9 +1,12 @@
-"""Ranked lists as token ids: cuts, rejects, rewards that fit the order."""
+"""Ranked lists as token ids: cuts, rejects, rewards that fit the order; shards that are kept."""
 
 import json
 
 import pytest
+from datasets import Dataset
 
+from deftlib.models import policies
+from deftlib.preferences.lists import FEATURES, read_lists
 from deftlib.profile import Text
 from deftlib.training import encoding
 
@@ -56,3 +59,61 @@ def test_nothing_left_to_train_on_is_an_error_that_names_the_setting(tokenizer):
 def test_rewards_that_do_not_fit_the_order_become_ranks(rewards, expected, tokenizer):
     (row,) = encoding.encode_lists([ranked("w1", "w2", "w3", rewards=rewards)], tokenizer, Text())
     assert row["rewards"] == expected
+
+
+# ---- many lists --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_a_shard(monkeypatch):
+    monkeypatch.setattr(encoding, "LISTS_PER_SHARD", 2)
+
+
+def published(path, count=7, first=0):
+    rows = [ranked(f"w{i}", f"w{i + 1} w3", name=str(i)) | {"subset": "s"} for i in range(first, first + count)]
+    rows[3]["responses"] = ["w1", "w1 <eos>"]  # a reject, in the second shard
+    Dataset.from_list(rows, features=FEATURES).to_parquet(path)
+    return path
+
+
+def test_lists_of_a_file_are_encoded_as_their_rows_are_by_any_number_of_processes(tokenizer, tmp_path, two_a_shard):
+    path = published(tmp_path / "lists.parquet")
+    whole = encoding.encode_lists(read_lists(path).to_list(), tokenizer, Text())
+    for num_proc in (1, 2):
+        rejects, folder = tmp_path / f"rejects-{num_proc}.jsonl", tmp_path / f"encoded-{num_proc}"
+        encoded = encoding.encode_lists(path, tokenizer, Text(), rejects, folder, num_proc)
+        assert encoded.to_list() == whole.to_list() and len(encoded) == 6
+        assert [json.loads(line)["id"] for line in rejects.read_text().splitlines()] == ["3"]
+        assert len(encoded.cache_files) == 4  # mapped, not held
+
+
+def test_interrupted_encoding_goes_on_after_its_last_shard(tokenizer, tmp_path, two_a_shard, monkeypatch):
+    path, folder, asked = published(tmp_path / "lists.parquet"), tmp_path / "encoded", []
+    real = policies.encode_replies
+
+    def killed_at_the_third(tokenizer, replies, text):
+        asked.append(len(replies))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(tokenizer, replies, text)
+
+    monkeypatch.setattr(policies, "encode_replies", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        encoding.encode_lists(path, tokenizer, Text(), folder=folder)
+    resumed = encoding.encode_lists(path, tokenizer, Text(), tmp_path / "rejects.jsonl", folder)
+    assert asked == [4, 4, 4, 4, 2]  # two whole shards were kept
+    assert "two responses" in (tmp_path / "rejects.jsonl").read_text()  # of a shard that was kept
+    monkeypatch.undo()
+    assert resumed.to_list() == encoding.encode_lists(path, tokenizer, Text()).to_list()
+
+
+@pytest.mark.parametrize("change", ["lists", "text", "rows"])
+def test_what_was_encoded_from_anything_else_is_not_taken(tokenizer, tmp_path, two_a_shard, change):
+    path, folder, text = published(tmp_path / "lists.parquet"), tmp_path / "encoded", Text()
+    encoding.encode_lists(path, tokenizer, text, folder=folder)
+    if change == "lists":
+        published(path, first=10)
+    lists = read_lists(published(tmp_path / "others.parquet", first=20)) if change == "rows" else path
+    text = Text(reply_tokens=2) if change == "text" else text
+    again = encoding.encode_lists(lists, tokenizer, text, folder=folder)
+    assert again.to_list() == encoding.encode_lists(lists, tokenizer, text).to_list()

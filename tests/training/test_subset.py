@@ -20,7 +20,7 @@ from deftlib.method.distribution import distribution_reward
 from deftlib.models import features, policies, rewards
 from deftlib.preferences.lists import FEATURES, PreferenceError, read_lists
 from deftlib.profile import Profile, Text
-from deftlib.training import subset
+from deftlib.training import counting, subset
 
 VOCABULARY = ["<pad>", "<eos>", "<unk>", "a", "b", "c", "d", "e"]
 PROMPT = "\n\nHuman: e e\n\nAssistant:"
@@ -223,7 +223,8 @@ def test_only_what_the_policy_reads_is_counted():
     ]
 
 
-def test_counting_holds_one_list_at_a_time():
+def test_counting_reads_lists_and_sides_as_it_goes(monkeypatch):
+    monkeypatch.setattr(counting, "LISTS_AT_ONCE", 2)
     read = []
 
     def responses():
@@ -267,17 +268,20 @@ def from_logits(start, rows, q_diff):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("token_budget", [1, 10_000])
-def test_r_dis_from_stored_states_is_that_of_full_logits(policy, publish, kind, token_budget):
+@pytest.mark.parametrize(
+    "token_budget, states, tolerance",
+    [(1, "float32", 1e-5), (10_000, "float32", 1e-5), (10_000, "float16", 1e-3), (10_000, "projected", 1e-5)],
+)
+def test_r_dis_from_stored_states_is_that_of_full_logits(policy, publish, kind, token_budget, states, tolerance):
     publish(PAIRS)
     start, q_diff = policy(kind), np.random.default_rng(0).normal(size=len(VOCABULARY))
     q_diff -= q_diff.mean()
-    overrides = {"reward_models.score_token_budget": token_budget}
+    overrides = {"reward_models.score_token_budget": token_budget, "scale.states": states}
     changed = profile(start, **overrides)
     stored = features.distribution_rewards(changed, subset.parts(changed) / "policy.parquet", q_diff)
     assert [len(values) for values in stored] == [2, 3, 2, 2, 2, 2]
     expected = from_logits(start, PAIRS, q_diff)
-    assert np.concatenate(stored) == pytest.approx(expected, abs=1e-5)
+    assert np.concatenate(stored) == pytest.approx(expected, abs=tolerance)
     assert np.std(expected) > 1e-2
 
 
