@@ -39,6 +39,7 @@ transformers_logging.disable_progress_bar()
 
 DAY = date(2024, 7, 26)  # of chat templates that tell the date, Llama 3's own: the same tokens on every day
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+HOW_CALLED = ("__call__", "_encode_plus")  # of a tokenizer; some classes have ways of their own
 MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
 MINI_START = mini_world.FOLDER / "start"  # a published folder: the mini world's start policy, by `deft mini-start`
 
@@ -125,10 +126,7 @@ def encode_text(tokenizer, text):
 
 def encode_texts(tokenizer, texts):
     """[`encode_text` of each], by one call of the tokenizer."""
-    if not texts:
-        return []
-    plain = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    found = tokenizer(texts, split_special_tokens=True, **plain)["input_ids"]
+    found = _ids(tokenizer, texts) if texts else []
     names = tokenizer.all_special_tokens
     for i, text in enumerate(texts):
         spelled = [name for name in names if name in text]
@@ -136,6 +134,18 @@ def encode_texts(tokenizer, texts):
             special = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
             found[i] = [token for token in found[i] if token not in special]
     return found
+
+
+def _ids(tokenizer, texts):
+    """What `tokenizer(texts, split_special_tokens=True)` gives, a fifth sooner where nothing stands between."""
+    if any(getattr(type(tokenizer), how, None) is not getattr(PreTrainedTokenizerFast, how) for how in HOW_CALLED):
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    if not backend.encode_special_tokens:
+        backend.encode_special_tokens = True  # a call that wants otherwise says so itself
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode_prompt(tokenizer, prompt, text):

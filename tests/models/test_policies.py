@@ -43,6 +43,24 @@ def test_texts_together_are_encoded_as_each_alone(texts):
     assert policies.encode_prompts(words, texts, text) == [encode_prompt(words, one, text) for one in texts]
 
 
+def test_a_tokenizer_with_a_way_of_its_own_is_called_its_way():
+    mini = policies.mini_tokenizer()
+
+    class Louder(type(mini)):
+        def _encode_plus(self, text, **how):
+            return super()._encode_plus([f"{one}!" for one in text], **how)
+
+    louder = Louder(tokenizer_object=mini.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    assert policies.encode_texts(louder, ["No", ""]) == policies.encode_texts(mini, ["No!", "!"])
+
+
+def test_what_the_tokenizer_does_by_itself_is_as_before():
+    mini = policies.mini_tokenizer()
+    before = mini(" a <eos>")["input_ids"], mini(" a b c", max_length=2, truncation=True)["input_ids"]
+    assert policies.encode_texts(mini, [" a b c"]) == [mini(" a b c")["input_ids"]]
+    assert (mini(" a <eos>")["input_ids"], mini(" a b c", max_length=2, truncation=True)["input_ids"]) == before
+
+
 def by_hand(words, text):
     ids, special = words(text, add_special_tokens=False)["input_ids"], {"<pad>", "<eos>", "a"} & set(text.split())
     return [i for i in ids if i not in words.convert_tokens_to_ids(list(special))]
