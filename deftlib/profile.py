@@ -153,6 +153,26 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters are trained instead of all weights, and published instead of them."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: int = 32  # the adapters' product counts alpha / rank
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # all but the output head
+    modules_to_save: list[str] = field(default_factory=list)  # trained whole beside the adapters, e.g. lm_head
+
+
+@dataclass(frozen=True)
+class Economy:
+    """What training saves in memory and time; each changes numbers, most in their last digits."""
+
+    reference: Literal["model", "kept"] = "model"  # kept: its log-probabilities, taken once, instead of a second model
+    group_by_length: bool = False  # less padding; batches hold lists of like lengths
+    stochastic_rounding: bool = False  # of updates to bfloat16 weights; the 8-bit and 4-bit optimizers of torchao can
+
+
+@dataclass(frozen=True)
 class Generation:
     max_new_tokens: int = 128  # A.1
     temperature: float = 0.0  # 0 = greedy
@@ -260,6 +280,8 @@ class Settings:
     grading: Grading
     training: Training
     generation: Generation
+    lora: Lora = field(default_factory=Lora)
+    economy: Economy = field(default_factory=Economy)
     evaluation: Evaluation = field(default_factory=Evaluation)
     mt_bench: MTBench = field(default_factory=MTBench)
     ablation: Ablation = field(default_factory=Ablation)

@@ -18,7 +18,8 @@ from deftlib.models.blocks import in_blocks
 from deftlib.models.loop import length_buckets, with_progress
 from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences.lists import read_lists, sample
-from deftlib.training.trainers import collate_lists, response_log_probs
+from deftlib.training.likelihood import response_log_probs
+from deftlib.training.trainers import collate_lists
 
 LOG_RATIO, LOG_PROBABILITY = "log-ratio to the start policy", "mean log-probability"
 

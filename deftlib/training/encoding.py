@@ -17,6 +17,8 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import torch
+from torch.utils.data import Sampler
 
 from deftlib import store
 from deftlib.method.distribution import IGNORED
@@ -131,3 +133,48 @@ def as_sft(row):
 def as_pair(row):
     """A row of DPO: y_1 chosen, y_l rejected."""
     return {"chosen_ids": row["response_ids"][0], "rejected_ids": row["response_ids"][-1]}
+
+
+# ---- in which order they come --------------------------------------------------------------------------------------
+
+POOL = 50  # batches that are sorted together, as transformers' own grouping takes
+
+
+class ByLength(Sampler):
+    """The order of the lists: batches of about one length, in an order that knows nothing of length.
+
+    Lists are dealt at random into pools of POOL batches and sorted there; the batches of all pools are shuffled. (The
+    sampler of transformers leaves them longest first, which would couple length to the learning rate.) An order belongs
+    to seed and epoch: a run that was killed goes on in it, and every process of one run sees the same.
+    lengths: int[n]. batch_size: lists of a micro-batch, in all processes that share it.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.as_tensor(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        dealt = torch.randperm(len(self.lengths), generator=generator)
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in dealt.split(POOL * self.batch_size)]
+        *whole, last = torch.cat(pools).split(self.batch_size)
+        order = torch.randperm(len(whole), generator=generator).tolist()
+        yield from torch.cat([*(whole[i] for i in order), last]).tolist()  # a short batch stays the last
+
+
+class GroupedByLength:
+    """For a trainer: batches of one length where its dataset has a column `length`, as `building` adds one.
+
+    Put it before the trainer class.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        if "length" not in getattr(self.train_dataset, "column_names", ()):
+            return super()._get_train_sampler(train_dataset)
+        among = self.accelerator.num_processes if getattr(self, "micro_batches_split", False) else 1
+        return ByLength(self.train_dataset["length"][:], among * self._train_batch_size, self.args.data_seed)

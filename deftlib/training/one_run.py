@@ -16,8 +16,7 @@ from pathlib import Path
 from deftlib import store
 from deftlib.models.loop import PeakMemory, Progress, fit_or_resume
 from deftlib.profile import Omega
-from deftlib.training import launch, subset, trainers
-from deftlib.training.building import build
+from deftlib.training import building, launch, subset, trainers
 
 
 def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updates=None):
@@ -28,7 +27,7 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
     """
     with PeakMemory() as memory:
         more = launch.arguments(profile) | ({} if updates is None else {"max_steps": updates})
-        trainer = build(folder, launch.share(profile), method, seed, start, Path(lists), Path(q_diff), **more)
+        trainer = building.build(folder, launch.share(profile), method, seed, start, Path(lists), Path(q_diff), **more)
         used = trainers.lists_used(trainer)  # refuses too few before anything is trained
         if used < len(trainer.train_dataset):
             print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
@@ -39,6 +38,7 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
     if not trainer.is_world_process_zero():
         return
     shutil.rmtree(folder / "encoded", ignore_errors=True)
+    building.finish(folder, start)
     trainer.processing_class.save_pretrained(folder)
     ratios = [entry["gradient_ratio"] for entry in trainer.state.log_history if "gradient_ratio" in entry]
     summary = {"method": method, "seed": seed, "lists": used}

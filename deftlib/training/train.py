@@ -13,7 +13,7 @@ from deftlib import jobs, store
 from deftlib.command import one_sentence
 from deftlib.models import policies, rewards
 from deftlib.profile import Profile, add_options
-from deftlib.training import launch, one_run, subset
+from deftlib.training import building, launch, memory, one_run, subset
 from deftlib.training.building import RECIPES
 from deftlib.training.trainers import LIST_METHODS
 
@@ -51,11 +51,12 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None, updates=N
     key |= {"dtype": profile.policy.dtype}
     key |= {"lists": store.digest(chosen), "q_diff": store.digest(q_diff_path), "omega": _plain(weight)}
     key["recipe"] = {name: value for name, value in vars(recipe).items() if name != "omega"}
-    key |= {"training": _shared_settings(training), "updates": updates}
+    key |= {"training": _shared_settings(training), "updates": updates, **building.settings(profile, base)}
     if base == "rloo":
         key["r_train"] = rewards.judge(profile, "train", subset.parts(profile)).identity()
 
     def produce(folder):
+        memory.check(profile, method, start, chosen)
         train_into = launch.launched if profile.launch.processes > 1 else one_run.train_into
         run = {"method": method, "seed": seed, "start": str(start), "lists": str(chosen), "q_diff": str(q_diff_path)}
         train_into(profile=profile, folder=folder, **run, omega=_plain(weight), updates=updates)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from trl import DPOTrainer, RLOOTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
@@ -22,16 +22,18 @@ from trl.trainer import utils as trl_utils
 from deftlib.method import losses
 from deftlib.method.distribution import IGNORED
 from deftlib.method.guidance import DistributionGuided
-from deftlib.method.passes import at_the_head, outputs_of
+from deftlib.method.passes import outputs_of
 from deftlib.models import policies
+from deftlib.training import likelihood
+from deftlib.training.encoding import GroupedByLength
+from deftlib.training.likelihood import at_responses, response_log_probs, response_token_log_probs
 
 # TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses, about half the time.
 # A TRL without this private name trains the same, only slower.
 if hasattr(trl_utils, "_use_triton"):
     trl_utils._use_triton = lambda device: True
 
-# 256 MiB in float32. torch's chunked `linear_cross_entropy` holds half as much and takes 3 to 5 times as long on a CPU.
-LOGITS_AT_ONCE = 2**26
+FROZEN = ("reference_sums", "quality_reference_sums")  # fields of `Scores` that training does not change
 
 
 # ---- the table of methods ----------------------------------------------------------------------------------------
@@ -112,10 +114,11 @@ def _refined(scores, training):
 # ---- ranked lists ------------------------------------------------------------------------------------------------
 
 
-class RankedListTrainer(Trainer):
+class RankedListTrainer(GroupedByLength, Trainer):
     """Any loss over ranked lists: `list_loss(Scores)` -> scalar, mean over lists.
 
-    reference: a frozen model, for `Scores.reference_sums`; quality scores come where the batch holds quality rows.
+    reference: a frozen model, for `Scores.reference_sums`, unless `keep_reference` is called; quality scores come where
+    the batch holds quality rows.
     """
 
     loss_is_scaled_for_ga = False  # a mean over the lists of one micro-batch
@@ -146,19 +149,42 @@ class RankedListTrainer(Trainer):
 
     def scores(self, model, inputs):
         """`Scores` of all responses of a batch, flat: [N]."""
-        rows = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        rows, quality = rows_of(inputs), rows_of(inputs, "quality_")
         if not self.scores_last_end:
             rows["labels"] = without_end_of_longest(**rows, eos_token_id=self.processing_class.eos_token_id)
         sums, counts = self.log_probs(model, rows)
         found = {"sums": sums, "counts": counts, "lengths": rows["attention_mask"].sum(-1)}
         with torch.no_grad():
+            if quality:
+                found["quality_sums"], _ = self.log_probs(model, quality)
             if self.reference is not None:
-                found["reference_sums"], _ = self.log_probs(self.reference, rows)
-            if "quality_input_ids" in inputs:
-                rows = {name: inputs[f"quality_{name}"] for name in rows}
-                found["quality_sums"], _ = self.log_probs(model, rows)
-                found["quality_reference_sums"], _ = self.log_probs(self.reference, rows)
+                found |= self.frozen_sums(self.reference, inputs)
+        found |= {name: inputs[name] for name in FROZEN if name in inputs}
         return Scores(**found, rewards=inputs["rewards"])
+
+    def frozen_sums(self, model, inputs):
+        """What `Scores` holds of the reference, [N] each, under a model that is it."""
+        sources = zip(FROZEN, (rows_of(inputs), rows_of(inputs, "quality_")))
+        return {name: self.log_probs(model, rows)[0] for name, rows in sources if rows}
+
+    def keep_reference(self, folder):
+        """Take what the reference says of every list now, by the policy as it is, and put it into the dataset.
+
+        From then on no reference is asked. folder: of the run, see `likelihood.kept_sums`.
+        """
+        lengths = [len(responses) for responses in self.train_dataset["response_ids"]]
+
+        def of_batch(rows):
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            with self.accelerator.autocast():
+                flat = self.frozen_sums(self.model, inputs).values()
+            of_lists = [pad_sequence(sums.split(inputs["list_lengths"]), batch_first=True) for sums in flat]
+            return torch.cat([pad(sums, (0, max(lengths) - sums.shape[1])) for sums in of_lists], dim=1)
+
+        sums = likelihood.kept_sums(self, of_batch, folder)
+        for name, of_lists in zip(FROZEN, np.split(sums, sums.shape[1] // max(lengths), axis=1)):
+            column = [values[:length].tolist() for values, length in zip(of_lists, lengths)]
+            self.train_dataset = self.train_dataset.add_column(name, column)
 
     def log_probs(self, model, rows):
         return response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
@@ -168,6 +194,12 @@ class RankedListTrainer(Trainer):
             self.num_tokens += int(self.accelerator.reduce(self._tokens_since, "sum"))
             self._tokens_since = 0
         super().log({**logs, "num_tokens": self.num_tokens}, start_time)
+
+
+def rows_of(inputs, prefix=""):
+    """What the model takes of a flat batch, [N, T] each; {} where it holds no rows of that prefix."""
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: inputs[prefix + name] for name in names if prefix + name in inputs}
 
 
 def rows_by_length(list_lengths):
@@ -192,45 +224,8 @@ def without_end_of_longest(input_ids, attention_mask, labels, eos_token_id):
     return labels
 
 
-def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
-    """(sums[N], counts[N]) of the responses, as `losses.sequence_log_probs`, without logits for other positions."""
-    log_probs = response_token_log_probs(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
-    return log_probs.sum(-1), (labels[:, 1:] != IGNORED).sum(-1)
-
-
-def response_token_log_probs(model, unwrapped, labels, **inputs):
-    """Log-probabilities [N, T - 1] of the response tokens, 0 elsewhere, as `losses.token_log_probs`."""
-    of_target = lambda logits, targets: -cross_entropy(logits.float(), targets, reduction="none")
-    return at_responses(of_target, model, unwrapped, labels, **inputs)
-
-
-def at_responses(function, model, unwrapped, labels, **inputs):
-    """`function(logits[R, V], targets[R])` -> [R] of the R positions that predict a response token: [N, T - 1], else 0.
-
-    labels: int[N, T]. inputs: of the model. Selecting positions before the head needed the least memory of all ways
-    tried. No more than LOGITS_AT_ONCE logits at a time; several chunks are computed anew in the backward pass.
-    """
-    targets = labels[:, 1:]
-    is_response = targets != IGNORED
-    rows, columns = is_response.nonzero(as_tuple=True)
-
-    def in_chunks(hidden, weight, bias, scale):
-        states = hidden[rows, columns + hidden.shape[1] - labels.shape[1]].to(weight.dtype)  # virtual tokens are first
-        run = lambda states, targets: function(scale * linear(states, weight, bias), targets)
-        at_once = max(LOGITS_AT_ONCE // len(weight), 1)
-        if len(states) <= at_once:
-            return run(states, targets[rows, columns])
-        kept = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
-        return torch.cat([kept(*chunk) for chunk in zip(states.split(at_once), targets[rows, columns].split(at_once))])
-
-    with at_the_head(unwrapped, in_chunks, only_with_gradients=False) as found:
-        # through `model` itself, so that a distributed wrapper sees the pass; its own logits are of one position
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    return found[0].new_zeros(targets.shape).masked_scatter(is_response, found[0])
-
-
 def collate_lists(rows, pad_token_id, prefix_ids=None):
-    """Rows of prompt_ids, response_ids, rewards -> a flat batch, as the top of this module describes it.
+    """Rows of prompt_ids, response_ids, rewards (and FROZEN) -> a flat batch, as the top of this module describes it.
 
     prefix_ids: tokens of the quality prefix; with them come quality_input_ids, quality_attention_mask and
     quality_labels, the same rows with the prefix before the prompt.
@@ -239,7 +234,9 @@ def collate_lists(rows, pad_token_id, prefix_ids=None):
     if prefix_ids is not None:
         prefixed = [([*prefix_ids, *row["prompt_ids"]], r) for row in rows for r in row["response_ids"]]
         batch |= {f"quality_{name}": values for name, values in _padded(prefixed, pad_token_id).items()}
-    batch["rewards"] = torch.tensor([reward for row in rows for reward in row["rewards"]])
+    for name in ("rewards", *FROZEN):
+        if name in rows[0]:
+            batch[name] = torch.tensor([value for row in rows for value in row[name]])
     batch["list_lengths"] = [len(row["response_ids"]) for row in rows]
     return batch
 
@@ -297,12 +294,25 @@ class IntuitiveTrainer(RankedListTrainer):
 # ---- TRL's -------------------------------------------------------------------------------------------------------
 
 
-class PairTrainer(DPOTrainer):
-    """TRL's DPO on pre-tokenised pairs, plus A.1's SFT term on the summed NLL of the chosen reply (decision 6)."""
+class PairTrainer(GroupedByLength, DPOTrainer):
+    """TRL's DPO on pre-tokenised pairs, plus A.1's SFT term on the summed NLL of the chosen reply (decision 6).
 
-    def __init__(self, *args, summed_sft_weight=0.0, **kwargs):
-        self.summed_sft_weight = summed_sft_weight
+    kept_in: folder of the run, where the reference's log-probabilities are kept that `precompute_ref_log_probs` takes.
+    """
+
+    def __init__(self, *args, summed_sft_weight=0.0, kept_in=None, **kwargs):
+        self.summed_sft_weight, self.kept_in = summed_sft_weight, kept_in
         super().__init__(*args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """As TRL's, but by length, and going on after a kill; where the model is sharded, TRL's own."""
+        if self.kept_in is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        model = self.ref_model or self.model
+        prepared = lambda rows: self._prepare_inputs(self.data_collator(rows))
+        of_batch = lambda rows: torch.stack(self.compute_ref_log_probs(model, prepared(rows)), dim=1)
+        chosen, rejected = likelihood.kept_sums(self, of_batch, self.kept_in).T
+        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset  # TRL would tokenise again, drop long prompts and cut replies by its own rules
@@ -350,7 +360,7 @@ def lists_used(trainer):
     return lists - lists % prompts
 
 
-class GuidedSFTTrainer(DistributionGuided, SFTTrainer):
+class GuidedSFTTrainer(DistributionGuided, GroupedByLength, SFTTrainer):
     """TRL's SFT with the distribution reward."""
 
 

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FakeJudge
 from datasets import Dataset
 
 from deftlib.models import policies
@@ -186,16 +185,6 @@ def test_every_method_trains_with_and_without_the_reward(method, start, tmp_path
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert all(name in trainer.state.log_history[0] for name in ("loss", "R_dis", "num_tokens"))
-
-
-def test_r_train_judges_what_is_said_before_the_next_turn(monkeypatch):
-    judge = FakeJudge(lambda reply: 1.0)
-    monkeypatch.setattr(building.rewards, "judge", lambda *_: judge)
-    monkeypatch.setattr(building.subset, "parts", lambda profile: None)
-    r_train = building._r_train_reward(Profile.load("mini"))
-    said = [" Yes.\n\nHuman: and then?", " No."]
-    assert r_train(["p", "q"], said, subset=["s", "s"], trainer_state=None) == [1.0, 1.0]
-    assert judge.scored == [" Yes.", " No."]
 
 
 def counts_w3(prompts, completions, **_):

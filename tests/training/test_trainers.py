@@ -15,7 +15,7 @@ from trl import DPOConfig, RLOOConfig
 from deftlib.method import losses
 from deftlib.models.loop import arguments
 from deftlib.profile import Profile, Text
-from deftlib.training import encoding, trainers
+from deftlib.training import encoding, likelihood, trainers
 
 IGNORED = -100
 TRAINING = Profile.load("mini").training
@@ -131,12 +131,12 @@ def adapted(make_model):
     return model
 
 
-@pytest.mark.parametrize("at_once", [trainers.LOGITS_AT_ONCE, 7 * SMALL["vocab_size"]])
+@pytest.mark.parametrize("at_once", [likelihood.LOGITS_AT_ONCE, 7 * SMALL["vocab_size"]])
 @pytest.mark.parametrize("kind", ["tied", "untied", "bias", "scaled", "lora"])
 def test_selected_positions_give_the_log_probabilities_of_full_logits(
     kind, at_once, make_model, make_lists, monkeypatch
 ):
-    monkeypatch.setattr(trainers, "LOGITS_AT_ONCE", at_once)  # as they are, or seven positions a chunk
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", at_once)  # as they are, or seven positions a chunk
     torch.manual_seed(0)
     model = {
         "tied": lambda: make_model(),
@@ -148,7 +148,7 @@ def test_selected_positions_give_the_log_probabilities_of_full_logits(
     rows = make_lists(3, 3)
     batch = trainers.collate_lists(list(rows), pad_token_id=0)
     flat = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    sums, counts = trainers.response_log_probs(model, model, **flat)
+    sums, counts = likelihood.response_log_probs(model, model, **flat)
     expected, expected_counts = full_log_probs(model, rows)
     assert torch.equal(counts.view(3, 3), expected_counts)
     torch.testing.assert_close(sums.view(3, 3), expected, rtol=1e-5, atol=1e-5)
@@ -158,11 +158,11 @@ def test_selected_positions_give_the_log_probabilities_of_full_logits(
 
 
 def test_a_chunk_of_logits_is_computed_anew_and_none_is_held_for_the_backward_pass(make_model, monkeypatch):
-    monkeypatch.setattr(trainers, "LOGITS_AT_ONCE", 7 * SMALL["vocab_size"])
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 7 * SMALL["vocab_size"])
     model, ids, chunks, held = make_model(), torch.arange(3, 20).unsqueeze(0), [], []
     largest = lambda logits, targets: chunks.append(len(logits)) or logits.logsumexp(-1)
     with torch.autograd.graph.saved_tensors_hooks(lambda kept: held.append((*kept.shape,)) or kept, lambda kept: kept):
-        total = trainers.at_responses(largest, model, model, ids, input_ids=ids).sum()
+        total = likelihood.at_responses(largest, model, model, ids, input_ids=ids).sum()
     assert chunks == [7, 7, 2] and not {(7, SMALL["vocab_size"]), (2, SMALL["vocab_size"])} & set(held)
     total.backward()
     assert sorted(chunks) == [2, 2, 7, 7, 7, 7] and model.lm_head.weight.grad.abs().sum() > 0

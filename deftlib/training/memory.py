@@ -1,0 +1,370 @@
+"""What a run takes of memory and disk, worked out before anything is loaded, and refused where it cannot fit.
+
+    need = needed(profile, "deft-dpo", config)            # Need: bytes of one device, by what holds them
+    check(profile, "deft-dpo", start)                     # NotEnough, with the numbers and with what would fit
+
+Weights are counted on torch's meta device. What the forward pass keeps for the backward pass is counted as well, not
+estimated: the model runs once on tensors without contents, and what autograd saves is added up. The page
+`notebooks/what_fits_where.md` rests on these numbers and says how far they are from measured ones.
+"""
+
+import functools
+import json
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.compute as pc
+import torch
+from pyarrow.parquet import ParquetFile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from deftlib import store
+from deftlib.method import heads
+from deftlib.models import adapters, policies
+from deftlib.profile import Lora, Profile
+from deftlib.training import launch
+from deftlib.training.building import keeps_reference
+from deftlib.training.likelihood import LOGITS_AT_ONCE
+from deftlib.training.trainers import LIST_METHODS
+
+GIB = 2**30
+OF_CUDA = GIB  # what CUDA and its libraries hold beside tensors, a process: our allowance
+STATE = {  # bytes of optimizer state for a trained number, scales included; AdamW's own has two of the weights' kind
+    "adamw_torch_8bit": 2 + 8 / 256,
+    "adamw_torch_4bit": 1 + 8 / 128,
+    "adamw_bnb_8bit": 2 + 8 / 256,
+    "sgd": 0,
+}
+
+
+class NotEnough(RuntimeError):
+    """A run that cannot fit into the memory or onto the disk that there is."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run takes of one device, and of the disk."""
+
+    weights: int
+    optimizer: int
+    reference: int  # a second model
+    buckets: int  # DDP's copy of the gradients
+    gradients: int
+    accumulated: bool  # they stand beside the activations: a micro-batch is not the first of its update
+    measured: bool  # a second set beside them: calibration and the gradient ratio
+    activations: int  # what the forward pass of the largest micro-batch keeps for the backward pass
+    logits: int  # of one chunk with softmax and gradient, and the head's gradient from it
+    ends: int  # the embedding's gradient before it is added to
+    step: int  # a copy that the optimizer makes for a moment
+    saved: int  # on disk: what is published
+    checkpoint: int  # on disk: each
+
+    @property
+    def total(self):
+        """The peak: at the start of a backward pass, at its end, or in the optimizer's step."""
+        forward = self.activations + self.logits + (self.accumulated + self.measured) * self.gradients
+        resting = self.weights + self.optimizer + self.reference + self.buckets
+        return resting + max(forward, self.gradients + max(self.step, self.ends))
+
+    def disk(self, save_steps):
+        """Bytes: two checkpoints are kept while a third is written, and the result is while there are two."""
+        return max(3 * self.checkpoint, 2 * self.checkpoint + self.saved) if save_steps else self.saved
+
+    def __str__(self):
+        held = ("weights", "gradients", "optimizer", "reference", "buckets", "activations", "logits")
+        return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in held if getattr(self, name) >= GIB / 20)
+
+
+def needed(profile, method, config, responses=2, cuda=True):
+    """The `Need` of each device of the profile's `launch`. config: of any causal language model, to start from.
+
+    responses: of the longest list. cuda: False on CPUs, whose AdamW makes no copies. Raises LaunchError where the lists
+    of an update cannot be dealt over the devices.
+    """
+    profile, base = launch.share(profile), method.removeprefix("deft-")
+    training, processes, sharded = profile.training, profile.launch.processes, profile.launch.config == "fsdp2"
+    parts, mixed = (processes if sharded else 1), training.bf16 and profile.policy.dtype == "float32"
+    model = (type(config), config.to_json_string(use_diff=False), json.dumps(vars(profile.lora)))
+    sizes = _sizes(*model, profile.policy.dtype)
+    rows = training.batch_size * _rows(profile, base, responses)
+    gathers_half = sharded and mixed  # FSDP gathers in 16 bits; autocast keeps 16-bit copies of the weights instead
+    activations = _activations(
+        model,
+        "bfloat16" if gathers_half else profile.policy.dtype,
+        training.bf16 and not gathers_half,
+        training.gradient_checkpointing,
+        rows,
+        profile.text.prompt_tokens + profile.text.reply_tokens,
+    )
+    vocabulary = config.get_text_config().vocab_size
+    logits = 12 * min(rows * profile.text.reply_tokens * vocabulary, LOGITS_AT_ONCE) + 4 * sizes.trained_head
+    state = STATE.get(training.optimizer)
+    optimizer = 2 * sizes.trained_bytes if state is None else math.ceil(state * sizes.trained)
+    numbers = 2 * sizes.layer + sizes.outside if parts > 1 else 0  # gathered at a time: this layer and the next
+    gathered = numbers * (2 if gathers_half else getattr(torch, profile.policy.dtype).itemsize)
+    foreach = cuda and training.optimizer == "adamw_torch"
+    copies = 2 if base in ("dpo", "rloo") else 1  # TRL saves the first adapters too
+    saved = sizes.trained_bytes if profile.lora.rank else sizes.bytes
+    return Need(
+        weights=sizes.bytes // parts + gathered,
+        optimizer=optimizer // parts,
+        reference=sizes.bytes // parts if _second_model(profile, base) else 0,
+        buckets=sizes.trained_bytes if processes > 1 and not sharded else 0,
+        gradients=sizes.trained_bytes // parts,
+        accumulated=training.gradient_accumulation > 1,
+        measured=method.startswith("deft-"),
+        activations=activations,
+        logits=logits,
+        ends=sizes.trained_ends,
+        step=sizes.trained_bytes // parts if foreach else 0,
+        saved=saved,
+        checkpoint=(copies if profile.lora.rank else 1) * saved + optimizer,
+    )
+
+
+def _rows(profile, base, responses):
+    """Rows of one pass for each list of a micro-batch."""
+    if base in LIST_METHODS:
+        return 2 if LIST_METHODS[base].pairs else responses
+    return {"dpo": 2, "rloo": profile.training.rloo.generations}.get(base, 1)
+
+
+def _second_model(profile, base):
+    has_reference = base in ("dpo", "rloo") or (base in LIST_METHODS and LIST_METHODS[base].reference)
+    return has_reference and not profile.lora.rank and not keeps_reference(profile, base)
+
+
+# ---- the preflight -----------------------------------------------------------------------------------------------
+
+WAYS = {  # what a refusal tries, beside more GPUs
+    "economy.reference=kept": lambda p: replace(p, economy=replace(p.economy, reference="kept")),
+    "training.gradient_checkpointing=true": lambda p: _training(p, gradient_checkpointing=True),
+    "training.batch_size=1": lambda p: _training(p, batch_size=1),
+    "training.optimizer=adamw_torch_8bit": lambda p: _training(p, optimizer="adamw_torch_8bit"),
+    "lora.rank=16 policy.dtype=bfloat16": lambda p: replace(
+        p, lora=replace(p.lora, rank=p.lora.rank or 16), policy=replace(p.policy, dtype="bfloat16")
+    ),
+}
+
+
+def check(profile, method, start, lists, free=None, free_disk=None):
+    """Raises NotEnough, with the numbers and with what would fit, if a run cannot fit into memory or onto the disk.
+
+    Devices are those of the profile's `launch`. start: folder or hub id of the policy; its configuration alone is read.
+    lists: the Parquet file that is trained on. free: bytes of one device, free_disk: bytes where results are built;
+    what there is, if not given. Where a system does not tell, nothing is refused.
+    """
+    cuda, processes = torch.cuda.is_available(), profile.launch.processes
+    below = adapters.base(start)[0] if adapters.is_adapter(start) else start
+    config = AutoConfig.from_pretrained(**policies.origin(below))
+    responses = longest_list(lists)
+    need = needed(profile, method, config, responses, cuda)
+    free_disk = shutil.disk_usage(_existing(store.build_dir(profile.name))).free if free_disk is None else free_disk
+    disk = need.disk(profile.training.save_steps)
+    name = f"{method} of {policies.short_name(below)}"
+    if disk > free_disk:
+        smaller = " or lora.rank=16" if not profile.lora.rank else ""
+        raise NotEnough(
+            f"{name} writes {disk / GIB:.1f} GiB (a checkpoint {need.checkpoint / GIB:.1f}, the policy "
+            f"{need.saved / GIB:.1f}), and {free_disk / GIB:.1f} are free: make room, training.save_steps=0{smaller}"
+        )
+    free = free_of_a_device(processes) if free is None else free
+    reserved = OF_CUDA if cuda else 0
+    if need.total + reserved <= free:
+        return
+    ways = {way: changed(profile) for way, changed in WAYS.items()}
+    both = WAYS["training.gradient_checkpointing=true"](ways["lora.rank=16 policy.dtype=bfloat16"])
+    ways["lora.rank=16 policy.dtype=bfloat16 training.gradient_checkpointing=true"] = both
+    lists = profile.training.batch_size * profile.training.gradient_accumulation
+    for more in (2, 4, 8):
+        if cuda and more > processes and lists % more == 0:
+            dealt = replace(profile.launch, processes=more, config="fsdp2")
+            ways[f"launch.config=fsdp2 launch.processes={more}"] = replace(profile, launch=dealt)
+    fits = {way: needed(changed, method, config, responses, cuda) for way, changed in ways.items()}
+    would = [f"{way} ({n.total / GIB:.1f})" for way, n in fits.items() if n.total + reserved <= free]
+    raise NotEnough(
+        f"{name} needs {need.total / GIB:.1f} GiB of {'a GPU' if cuda else 'memory a process'} ({need}), and "
+        f"{max(free - reserved, 0) / GIB:.1f} are free; what would fit: {', '.join(would) or 'nothing of what we know'}"
+    )
+
+
+def free_of_a_device(processes=1):
+    """Free bytes of the GPU, of the smallest of several GPUs in all, or a process's share of the machine's memory.
+
+    Infinite where a system does not tell.
+    """
+    if torch.cuda.is_available():
+        if processes == 1:
+            return torch.cuda.mem_get_info()[0]
+        devices = range(min(processes, torch.cuda.device_count()))  # asked what is free, each would be opened
+        return min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return math.inf
+    return 1024 * int(lines["MemAvailable"].split()[0]) / processes
+
+
+def longest_list(path):
+    """How many responses the longest list of a Parquet file has."""
+    batches = ParquetFile(path).iter_batches(columns=["responses"])
+    return max(pc.max(pc.list_value_length(batch.column(0))).as_py() for batch in batches)
+
+
+def _existing(folder):
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.is_dir() else _existing(folder.parent)
+
+
+def _training(profile, **changes):
+    return replace(profile, training=replace(profile.training, **changes))
+
+
+# ---- counting a model that is not there --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a policy to train: numbers, unless they are called bytes."""
+
+    bytes: int
+    trained: int
+    trained_bytes: int
+    trained_head: int  # the output head, if it is trained
+    trained_inside: int  # in layers
+    trained_ends: int  # bytes of embedding and head
+    layer: int  # one
+    outside: int  # embedding and head
+
+
+def _on_meta(kind, said, lora, dtype):
+    """The policy to train, without contents. Settings come as text, by which the caches below know them."""
+    config, lora = kind.from_dict(json.loads(said)), Lora(**json.loads(lora))
+    with torch.random.fork_rng([]), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return adapters.wrapped(model, lora, seed=0) if lora.rank else model
+
+
+@functools.cache
+def _sizes(kind, said, lora, dtype):
+    model = _on_meta(kind, said, lora, dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    below = heads.base_model(model)
+    ends = {below.get_input_embeddings(), below.get_output_embeddings()}
+    inside = [p for p in model.parameters() if all(p is not end for module in ends for end in module.parameters())]
+    head = heads.output_head(model)[0]
+    return Sizes(
+        bytes=sum(p.numel() * p.itemsize for p in model.parameters()),
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=sum(p.numel() * p.itemsize for p in trained),
+        trained_head=head.numel() if head.requires_grad else 0,
+        trained_inside=sum(p.numel() for p in inside if p.requires_grad),
+        trained_ends=sum(p.numel() * p.itemsize for p in trained if all(p is not each for each in inside)),
+        layer=sum(p.numel() for p in inside) // below.config.get_text_config().num_hidden_layers,
+        outside=sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in inside),
+    )
+
+
+def _activations(model, dtype, autocast, checkpointing, rows, length):
+    """Bytes that a training pass over int[rows, length] keeps for its backward pass, the weights themselves apart.
+
+    Under checkpointing they are what stands between layers, and one layer as it is computed anew. Autocast keeps 16-bit
+    copies of trained weights through the forward pass in any case.
+    """
+    kept = _kept(*model, dtype, autocast, checkpointing, rows, length)
+    if not checkpointing:
+        return kept
+    sizes, layers = _sizes(*model, dtype), model[0].from_dict(json.loads(model[1])).get_text_config().num_hidden_layers
+    copies = 2 * sizes.trained_inside if autocast and dtype == "float32" else 0
+    return kept + copies + (_kept(*model, dtype, autocast, False, rows, length) - copies) // layers
+
+
+@functools.cache
+def _kept(kind, said, lora, dtype, autocast, checkpointing, rows, length):
+    """Bytes that autograd saves of one pass, the weights themselves apart."""
+    model, kept = _on_meta(kind, said, lora, dtype).train(), {}
+    if checkpointing:
+        heads.base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    named = [*model.named_parameters(), *model.named_buffers()]
+    with FakeTensorMode():
+        own = {name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for name, t in named}
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "logits_to_keep": 1}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            functional_call(model, own, kwargs=inputs)
+        ours = {tensor.untyped_storage()._cdata for tensor in own.values()}
+        return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in ours)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8192}
+SHAPES = {  # as their makers publish them
+    "SmolLM2-135M": LlamaConfig(
+        **LLAMA,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "Llama-3.2-1B": LlamaConfig(
+        **LLAMA,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    ),
+    "LLaMA-7B": LlamaConfig(**LLAMA),
+    "Llama-3.1-8B": LlamaConfig(**LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
+}
+HALF = {"policy.dtype": "bfloat16"}
+TRAINED = {  # what is trained, and in what: changes of the profile `paper`
+    "all weights, float32 under bf16": {"economy.reference": "kept"},
+    "all weights, bfloat16, 8-bit Adam": {
+        **HALF,
+        "economy.reference": "kept",
+        "economy.stochastic_rounding": True,
+        "training.optimizer": "adamw_torch_8bit",
+    },
+    "LoRA 16, float32 under bf16": {"lora.rank": 16},
+    "LoRA 16, bfloat16": {**HALF, "lora.rank": 16},
+}
+CARDS = (24, 48, 80)  # GB as sold, 10^9 bytes
+
+
+def table(method="deft-dpo"):
+    """The lines of the page's table: GiB of each GPU by how many there are, where it fits, GiB of disk; Markdown."""
+    lines = ["| policy | trained | 1 GPU | 2 | 4 | 8 | fits | disk |", "|---|---|---|---|---|---|---|---|"]
+    for model, config in SHAPES.items():
+        for trained, changes in TRAINED.items():
+            dealt = "ddp" if "lora.rank" in changes else "fsdp2"
+            of = lambda n, c=changes, d=dealt: Profile.load("paper", {**c, "launch": {"processes": n, "config": d}})
+            needs = {n: needed(of(n), method, config) for n in (1, 2, 4, 8)}
+            least = {card: [n for n, need in needs.items() if need.total + OF_CUDA <= 1e9 * card] for card in CARDS}
+            fits = ", ".join(f"{min(counts)} x {card} GB" for card, counts in least.items() if counts) or "nowhere"
+            sizes = " | ".join(f"{need.total / GIB:.1f}" for need in needs.values())
+            disk = needs[1].disk(save_steps=1) / GIB
+            lines.append(f"| {model} | {trained} | {sizes} | {fits} | {disk:.1f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")
