@@ -3,7 +3,8 @@
     encoded = encode_lists(path, tokenizer, profile.text, folder=folder)     # prompt_ids, response_ids, rewards
     encoded.map(as_sft), encoded.map(as_pair)                                # as TRL's SFT and DPO trainers take them
 
-However many lists there are, ten thousand are in memory at a time and the rest in Arrow files, which are mapped.
+However many lists there are, ten thousand are in memory at a time and the rest in Arrow files, which are mapped. Where
+they have a column `length`, batches hold lists of about one length.
 """
 
 import json

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from deftlib.method.distribution import IGNORED
 from deftlib.method.passes import at_the_head
+from deftlib.models.blocks import BLOCK
 from deftlib.models.loop import length_buckets, with_progress
 
 # 256 MiB in float32. torch's chunked `linear_cross_entropy` holds half as much and takes 3 to 5 times as long on a CPU.
 LOGITS_AT_ONCE = 2**26
-BLOCK = 1024  # lists between two files that an interrupted pass of the reference goes on from
 
 
 def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):

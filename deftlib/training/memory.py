@@ -140,16 +140,6 @@ def _second_model(profile, base):
 
 # ---- the preflight -----------------------------------------------------------------------------------------------
 
-WAYS = {  # what a refusal tries, beside more GPUs
-    "economy.reference=kept": lambda p: replace(p, economy=replace(p.economy, reference="kept")),
-    "training.gradient_checkpointing=true": lambda p: _training(p, gradient_checkpointing=True),
-    "training.batch_size=1": lambda p: _training(p, batch_size=1),
-    "training.optimizer=adamw_torch_8bit": lambda p: _training(p, optimizer="adamw_torch_8bit"),
-    "lora.rank=16 policy.dtype=bfloat16": lambda p: replace(
-        p, lora=replace(p.lora, rank=p.lora.rank or 16), policy=replace(p.policy, dtype="bfloat16")
-    ),
-}
-
 
 def check(profile, method, start, lists, free=None, free_disk=None):
     """Raises NotEnough, with the numbers and with what would fit, if a run cannot fit into memory or onto the disk.
@@ -176,20 +166,39 @@ def check(profile, method, start, lists, free=None, free_disk=None):
     reserved = OF_CUDA if cuda else 0
     if need.total + reserved <= free:
         return
-    ways = {way: changed(profile) for way, changed in WAYS.items()}
-    both = WAYS["training.gradient_checkpointing=true"](ways["lora.rank=16 policy.dtype=bfloat16"])
-    ways["lora.rank=16 policy.dtype=bfloat16 training.gradient_checkpointing=true"] = both
-    lists = profile.training.batch_size * profile.training.gradient_accumulation
-    for more in (2, 4, 8):
-        if cuda and more > processes and lists % more == 0:
-            dealt = replace(profile.launch, processes=more, config="fsdp2")
-            ways[f"launch.config=fsdp2 launch.processes={more}"] = replace(profile, launch=dealt)
+    ways = _ways(profile, cuda)
     fits = {way: needed(changed, method, config, responses, cuda) for way, changed in ways.items()}
     would = [f"{way} ({n.total / GIB:.1f})" for way, n in fits.items() if n.total + reserved <= free]
     raise NotEnough(
         f"{name} needs {need.total / GIB:.1f} GiB of {'a GPU' if cuda else 'memory a process'} ({need}), and "
         f"{max(free - reserved, 0) / GIB:.1f} are free; what would fit: {', '.join(would) or 'nothing of what we know'}"
     )
+
+
+def _ways(profile, cuda):
+    """{settings: the profile under them}: what may fit where the profile does not; lists of an update stay as many."""
+    training, launched = profile.training, profile.launch
+    lists = training.batch_size * training.gradient_accumulation
+    changed = lambda section, **settings: replace(profile, **{section: replace(getattr(profile, section), **settings)})
+    low = replace(
+        changed("policy", dtype="bfloat16"),
+        lora=replace(profile.lora, rank=profile.lora.rank or 16),
+        training=replace(training, gradient_checkpointing=True),
+    )
+    ways = {
+        "economy.reference=kept": changed("economy", reference="kept"),
+        "training.gradient_checkpointing=true": changed("training", gradient_checkpointing=True),
+        f"training.batch_size=1 training.gradient_accumulation={lists}": changed(
+            "training", batch_size=1, gradient_accumulation=lists
+        ),
+        "training.optimizer=adamw_torch_8bit": changed("training", optimizer="adamw_torch_8bit"),
+        f"lora.rank={low.lora.rank} policy.dtype=bfloat16": replace(low, training=training),
+        f"lora.rank={low.lora.rank} policy.dtype=bfloat16 training.gradient_checkpointing=true": low,
+    }
+    for more in (2, 4, 8):
+        if cuda and more > launched.processes and lists % more == 0:
+            ways[f"launch.processes={more} launch.config=fsdp2"] = changed("launch", processes=more, config="fsdp2")
+    return ways
 
 
 def free_of_a_device(processes=1):
@@ -218,10 +227,6 @@ def longest_list(path):
 def _existing(folder):
     """The folder, or the nearest one above it that is there."""
     return folder if folder.is_dir() else _existing(folder.parent)
-
-
-def _training(profile, **changes):
-    return replace(profile, training=replace(profile.training, **changes))
 
 
 # ---- counting a model that is not there --------------------------------------------------------------------------
@@ -303,7 +308,10 @@ def _kept(kind, said, lora, dtype, autocast, checkpointing, rows, length):
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
-            functional_call(model, own, kwargs=inputs)
+            try:
+                functional_call(model, own, kwargs=inputs)
+            except RuntimeError as error:  # what a pass does hangs on the contents of its tensors
+                print(f"  {model.config.model_type}: what its forward pass keeps is not counted ({error})", flush=True)
         ours = {tensor.untyped_storage()._cdata for tensor in own.values()}
         return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in ours)
 
@@ -350,14 +358,14 @@ TRAINED = {  # what is trained, and in what: changes of the profile `paper`
 CARDS = (24, 48, 80)  # GB as sold, 10^9 bytes
 
 
-def table(method="deft-dpo"):
+def table(models=SHAPES, method="deft-dpo"):
     """The lines of the page's table: GiB of each GPU by how many there are, where it fits, GiB of disk; Markdown."""
     lines = ["| policy | trained | 1 GPU | 2 | 4 | 8 | fits | disk |", "|---|---|---|---|---|---|---|---|"]
-    for model, config in SHAPES.items():
+    for model in models:
         for trained, changes in TRAINED.items():
             dealt = "ddp" if "lora.rank" in changes else "fsdp2"
             of = lambda n, c=changes, d=dealt: Profile.load("paper", {**c, "launch": {"processes": n, "config": d}})
-            needs = {n: needed(of(n), method, config) for n in (1, 2, 4, 8)}
+            needs = {n: needed(of(n), method, SHAPES[model]) for n in (1, 2, 4, 8)}
             least = {card: [n for n, need in needs.items() if need.total + OF_CUDA <= 1e9 * card] for card in CARDS}
             fits = ", ".join(f"{min(counts)} x {card} GB" for card, counts in least.items() if counts) or "nowhere"
             sizes = " | ".join(f"{need.total / GIB:.1f}" for need in needs.values())

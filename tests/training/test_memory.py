@@ -1,0 +1,219 @@
+"""What a run takes of memory and disk: counted by hand, held against real passes, refused before anything is loaded."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from datasets import Dataset
+from transformers import GPTNeoXConfig, LlamaConfig
+
+from deftlib.models import adapters, policies
+from deftlib.profile import Lora, Profile
+from deftlib.store import ROOT
+from deftlib.training import memory, subset, train
+
+CONFIG = LlamaConfig(**SMALL, tie_word_embeddings=False)
+NUMBERS = 2 * 40 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16  # embedding, head; two layers; a norm
+FULL = {"training.bf16": False, "training.batch_size": 2, "training.gradient_accumulation": 1, "text.prompt_tokens": 8}
+
+
+def need(method="sft", config=CONFIG, responses=2, cuda=False, **changes):
+    return memory.needed(Profile.load("mini", FULL | changes), method, config, responses, cuda)
+
+
+# ---- by hand -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_gradients_and_adams_two_moments_are_sixteen_bytes_a_number():
+    found = need()
+    assert (found.weights, found.gradients, found.optimizer) == (4 * NUMBERS, 4 * NUMBERS, 8 * NUMBERS)
+    assert (found.reference, found.buckets, found.step) == (0, 0, 0)
+    assert found.saved == 4 * NUMBERS and found.checkpoint == 12 * NUMBERS
+    assert found.disk(save_steps=10) == 3 * 12 * NUMBERS and found.disk(save_steps=0) == 4 * NUMBERS
+
+
+def test_bfloat16_weights_and_an_8_bit_optimizer_are_six_bytes_a_number():
+    found = need(**{"policy.dtype": "bfloat16", "training.optimizer": "adamw_torch_8bit"})
+    assert found.weights + found.gradients + found.optimizer == pytest.approx((2 + 2 + 2 + 8 / 256) * NUMBERS, abs=1)
+
+
+def test_adapters_are_float32_on_frozen_weights_and_published_alone():
+    rank, found = 2, need(**{"lora.rank": 2, "policy.dtype": "bfloat16"})
+    trained = 2 * rank * (4 * (16 + 16) + 3 * (16 + 32))
+    assert found.weights == 2 * NUMBERS + 4 * trained
+    assert (found.gradients, found.optimizer, found.saved) == (4 * trained, 8 * trained, 4 * trained)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "second"),
+    [
+        ("sft", {}, 0),
+        ("dpo", {}, 1),
+        ("deft-ipo", {}, 1),
+        ("rloo", {}, 1),
+        ("pro", {}, 0),
+        ("dpo", {"economy.reference": "kept"}, 0),
+        ("rloo", {"lora.rank": 2}, 0),
+        ("sr-dpo", {"lora.rank": 2}, 0),
+    ],
+)
+def test_a_second_model_stands_where_a_reference_is_not_kept_and_nothing_is_adapted(method, changes, second):
+    assert need(method, **changes).reference == second * 4 * NUMBERS
+
+
+def test_several_devices_share_what_is_dealt_out_and_hold_copies_of_what_is_not():
+    alone = need(**{"training.batch_size": 8})
+    own = need(**{"training.batch_size": 8, "launch.processes": 4})
+    dealt = need(**{"training.batch_size": 8, "launch.processes": 4, "launch.config": "fsdp2"})
+    assert (own.weights, own.optimizer, own.buckets) == (alone.weights, alone.optimizer, alone.gradients)
+    assert (dealt.gradients, dealt.optimizer) == (alone.gradients // 4, alone.optimizer // 4)
+    layer, ends = (NUMBERS - 2 * 40 * 16) // 2, 2 * 40 * 16
+    assert dealt.weights == alone.weights // 4 + 4 * (2 * layer + ends) and dealt.buckets == 0
+    assert own.activations == pytest.approx(alone.activations / 4, rel=0.05)  # two lists each
+
+
+def test_rows_are_what_a_method_runs_of_a_list():
+    assert need("pro", responses=5).activations == pytest.approx(5 / 2 * need("dpo").activations, rel=0.05)
+    assert need("asft", responses=5).activations == need("dpo").activations
+    assert need("dpo").activations == pytest.approx(2 * need("sft").activations, rel=0.05)
+
+
+def test_the_peak_is_where_most_stands_at_a_time():
+    of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets"), 0)
+    held = lambda accumulated=False, measured=False, **other: memory.Need(
+        **{
+            **of,
+            **{"weights": 10, "optimizer": 20, "gradients": 5, "activations": 7, "logits": 1, "ends": 2, "step": 0},
+            **{"accumulated": accumulated, "measured": measured, **other},
+        }
+    )
+    assert held().total == 30 + 8  # the forward pass over
+    assert held(activations=1).total == 30 + 5 + 2  # the backward pass over
+    assert held(step=9).total == 30 + 5 + 9
+    assert held(accumulated=True, measured=True).total == 30 + 8 + 5 + 5
+
+
+# ---- against a real pass -------------------------------------------------------------------------------------------
+
+
+def really_kept(model, rows, length, autocast):
+    """Bytes of the tensors that a real pass saves, over a batch with padding."""
+    kept, ids = {}, torch.zeros(rows, length, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    ours = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    keep = lambda tensor: kept.update({tensor.untyped_storage().data_ptr(): tensor}) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=autocast):
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    assert output.logits.requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in ours)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+def test_what_a_pass_keeps_is_what_a_real_one_keeps(kind, checkpointing, autocast, rank, make_model):
+    sizes = {**SMALL, "hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
+    config = LlamaConfig(**sizes) if kind == "llama" else GPTNeoXConfig(**sizes)
+    lora, said = Lora(rank=rank), config.to_json_string(use_diff=False)
+    found = memory._kept(type(config), said, memory.json.dumps(vars(lora)), "float32", autocast, checkpointing, 4, 32)
+    model = policies.AutoModelForCausalLM.from_config(config)
+    model = adapters.wrapped(model, lora, 0).train() if rank else model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert found == pytest.approx(really_kept(model, 4, 32, autocast), rel=1e-3)
+
+
+def test_counting_draws_no_random_numbers_and_loads_nothing():
+    before = torch.random.get_rng_state()
+    need("deft-pro", LlamaConfig(**{**SMALL, "hidden_size": 24}))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---- the preflight -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path, make_model, tokenizer):
+    make_model().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def lists(tmp_path):
+    rows = [{"id": "a", "prompt": "w1", "responses": ["w2", "w3", "w4"][:n], "rewards": None} for n in (2, 3, 2)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "lists.parquet")
+    return tmp_path / "lists.parquet"
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers_and_what_would(start, lists, monkeypatch):
+    monkeypatch.setattr(policies, "load_policy", lambda *_: pytest.fail("loaded"))
+    profile = Profile.load("mini", {**FULL, "training.batch_size": 64})
+    whole = memory.needed(profile, "dpo", LlamaConfig(**SMALL, tie_word_embeddings=True), 3, False).total
+    memory.check(profile, "dpo", start, lists, free=whole)
+    monkeypatch.setattr(memory, "GIB", 2**20)
+    with pytest.raises(memory.NotEnough) as refused:
+        memory.check(profile, "dpo", start, lists, free=whole - 1)
+    said = str(refused.value)
+    assert said.startswith(f"dpo of start needs {whole / 2**20:.1f} GiB of memory a process (")
+    assert "activations" in said and "economy.reference=kept (" in said
+    assert "training.batch_size=1 training.gradient_accumulation=64 (" in said
+    with pytest.raises(memory.NotEnough, match="what would fit: nothing of what we know"):
+        memory.check(profile, "dpo", start, lists, free=1000)
+
+
+def test_more_gpus_are_named_where_there_are_gpus(start, lists, monkeypatch):
+    profile = Profile.load("mini", {**FULL, "training.batch_size": 8})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "OF_CUDA", 0)
+    dealt = Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": {"processes": 4, "config": "fsdp2"}})
+    room = memory.needed(dealt, "deft-sft", LlamaConfig(**SMALL, tie_word_embeddings=True), 3).total
+    with pytest.raises(memory.NotEnough) as refused:
+        memory.check(profile, "deft-sft", start, lists, free=room)
+    said = str(refused.value)
+    assert "of a GPU" in said and "launch.processes=4 launch.config=fsdp2" in said and "launch.processes=2" not in said
+
+
+def test_checkpoints_that_the_disk_cannot_hold_are_refused(start, lists):
+    profile = Profile.load("mini", {**FULL, "training.save_steps": 2})
+    with pytest.raises(memory.NotEnough, match=r"sft of start writes .* or lora.rank=16"):
+        memory.check(profile, "sft", start, lists, free_disk=1000)
+
+
+def test_an_adapter_is_counted_on_the_model_below_it(start, lists, tmp_path):
+    folder = tmp_path / "sft"
+    adapters.wrapped(policies.load_policy(start), Lora(rank=2), 0).save_pretrained(folder)
+    adapters.name_base(folder, start, policies.identity(start))
+    memory.check(Profile.load("mini", {**FULL, "lora.rank": 2}), "dpo", folder, lists)
+
+
+def test_fit_checks_before_it_loads(start, lists, tmp_path, tokenizer, monkeypatch):
+    subset.save_q_diff(tmp_path / "q_diff.npz", np.arange(40), np.arange(40)[::-1], policies.fingerprint(tokenizer))
+    monkeypatch.setattr(subset, "scored", lambda profile: tmp_path)
+    monkeypatch.setattr(subset, "counted", lambda profile: tmp_path)
+    monkeypatch.setattr(policies, "start_policy", lambda profile: start)
+    monkeypatch.setattr(train.store, "stage", lambda profile, name, key, produce, module: produce(tmp_path))
+    monkeypatch.setattr(policies, "load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: 1000)
+    with pytest.raises(memory.NotEnough, match="sft of start needs"):
+        train.fit(Profile.load("mini", FULL), "sft")
+
+
+def test_memory_of_this_machine_is_shared_by_its_processes():
+    assert memory.free_of_a_device() > 2**20
+    assert memory.free_of_a_device(4) == pytest.approx(memory.free_of_a_device() / 4, rel=0.2)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_is_counted():
+    page = (ROOT / "notebooks/what_fits_where.md").read_text().splitlines()
+    rows = [line for line in page if re.match(rf"\| ({'|'.join(memory.SHAPES)}) \|", line)]
+    assert len(rows) == len(memory.SHAPES) * len(memory.TRAINED)
+    for line in memory.table(["SmolLM2-135M"]):  # the others come from the same function, in minutes
+        assert line in page
