@@ -32,6 +32,7 @@ TEXTS = {  # pages that no cell wrote
     "differences": "Differences from the paper",
     "related_methods": "Related methods",
     "promises": "What we promise and how it is tested",
+    "what_fits_where": "What fits where",
 }
 FETCHING = {"script", "link", "img", "iframe", "embed", "object", "source", "audio", "video"}  # tags, unasked
 

@@ -33,6 +33,7 @@ from deftlib.training.trainers import LIST_METHODS
 
 GIB = 2**30
 OF_CUDA = GIB  # what CUDA and its libraries hold beside tensors, a process: our allowance
+SPARE = 1.1  # of what is counted, before we say that it fits: fragments, and what is not counted
 STATE = {  # bytes of optimizer state for a trained number, scales included; AdamW's own has two of the weights' kind
     "adamw_torch_8bit": 2 + 8 / 256,
     "adamw_torch_4bit": 1 + 8 / 128,
@@ -55,7 +56,6 @@ class Need:
     buckets: int  # DDP's copy of the gradients
     gradients: int
     accumulated: bool  # they stand beside the activations: a micro-batch is not the first of its update
-    measured: bool  # a second set beside them: calibration and the gradient ratio
     activations: int  # what the forward pass of the largest micro-batch keeps for the backward pass
     logits: int  # of one chunk with softmax and gradient, and the head's gradient from it
     ends: int  # the embedding's gradient before it is added to
@@ -66,7 +66,7 @@ class Need:
     @property
     def total(self):
         """The peak: at the start of a backward pass, at its end, or in the optimizer's step."""
-        forward = self.activations + self.logits + (self.accumulated + self.measured) * self.gradients
+        forward = self.activations + self.logits + self.accumulated * self.gradients
         resting = self.weights + self.optimizer + self.reference + self.buckets
         return resting + max(forward, self.gradients + max(self.step, self.ends))
 
@@ -116,7 +116,6 @@ def needed(profile, method, config, responses=2, cuda=True):
         buckets=sizes.trained_bytes if processes > 1 and not sharded else 0,
         gradients=sizes.trained_bytes // parts,
         accumulated=training.gradient_accumulation > 1,
-        measured=method.startswith("deft-"),
         activations=activations,
         logits=logits,
         ends=sizes.trained_ends,
@@ -167,12 +166,17 @@ def check(profile, method, start, lists, free=None, free_disk=None):
     if need.total + reserved <= free:
         return
     ways = _ways(profile, cuda)
-    fits = {way: needed(changed, method, config, responses, cuda) for way, changed in ways.items()}
-    would = [f"{way} ({n.total / GIB:.1f})" for way, n in fits.items() if n.total + reserved <= free]
+    under = {way: needed(changed, method, config, responses, cuda) for way, changed in ways.items()}
+    would = [f"{way} ({n.total / GIB:.1f})" for way, n in under.items() if fits(n, free, reserved)]
     raise NotEnough(
         f"{name} needs {need.total / GIB:.1f} GiB of {'a GPU' if cuda else 'memory a process'} ({need}), and "
         f"{max(free - reserved, 0) / GIB:.1f} are free; what would fit: {', '.join(would) or 'nothing of what we know'}"
     )
+
+
+def fits(need, free, reserved=0):
+    """Whether a run fits into so many bytes with a little to spare."""
+    return SPARE * need.total + reserved <= free
 
 
 def _ways(profile, cuda):
@@ -196,7 +200,8 @@ def _ways(profile, cuda):
         f"lora.rank={low.lora.rank} policy.dtype=bfloat16 training.gradient_checkpointing=true": low,
     }
     for more in (2, 4, 8):
-        if cuda and more > launched.processes and lists % more == 0:
+        evenly = training.batch_size % more == 0 or training.gradient_accumulation % more == 0
+        if cuda and more > launched.processes and evenly:
             ways[f"launch.processes={more} launch.config=fsdp2"] = changed("launch", processes=more, config="fsdp2")
     return ways
 
@@ -366,11 +371,11 @@ def table(models=SHAPES, method="deft-dpo"):
             dealt = "ddp" if "lora.rank" in changes else "fsdp2"
             of = lambda n, c=changes, d=dealt: Profile.load("paper", {**c, "launch": {"processes": n, "config": d}})
             needs = {n: needed(of(n), method, SHAPES[model]) for n in (1, 2, 4, 8)}
-            least = {card: [n for n, need in needs.items() if need.total + OF_CUDA <= 1e9 * card] for card in CARDS}
-            fits = ", ".join(f"{min(counts)} x {card} GB" for card, counts in least.items() if counts) or "nowhere"
+            on = lambda card, needs=needs: [n for n, need in needs.items() if fits(need, 1e9 * card, OF_CUDA)]
+            least = ", ".join(f"{min(on(card))} x {card} GB" for card in CARDS if on(card)) or "nowhere"
             sizes = " | ".join(f"{need.total / GIB:.1f}" for need in needs.values())
             disk = needs[1].disk(save_steps=1) / GIB
-            lines.append(f"| {model} | {trained} | {sizes} | {fits} | {disk:.1f} |")
+            lines.append(f"| {model} | {trained} | {sizes} | {least} | {disk:.1f} |")
     return lines
 
 

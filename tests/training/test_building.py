@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FakeJudge
+from conftest import SMALL, FakeJudge
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deftlib.models import adapters, policies
 from deftlib.models.wheels import ModelError
@@ -260,6 +261,22 @@ def test_an_optimizer_that_is_not_installed_is_named_with_its_extra(monkeypatch)
     monkeypatch.setattr(building.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"adamw_torch_8bit comes from torchao, .* pip install 'deftlib\[memory\]'"):
         building.check_updates(Profile.load("mini", {"training.optimizer": "adamw_torch_8bit"}), "sft")
+
+
+def test_an_8_bit_optimizer_with_stochastic_rounding_moves_weights_that_plain_rounding_leaves(run, tmp_path, tokenizer):
+    pytest.importorskip("torchao")
+    begin = tmp_path / "begin"
+    wide = LlamaConfig(**SMALL | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
+    LlamaForCausalLM(wide).bfloat16().save_pretrained(begin)  # torchao leaves tensors of less than 4,096 numbers alone
+    tokenizer.save_pretrained(begin)
+    settings = {"policy.dtype": "bfloat16", "training.optimizer": "adamw_torch_8bit", "training.save_steps": 0}
+    settings |= {"economy.stochastic_rounding": True, "training.sft.learning_rate": 1e-5}
+    before = policies.load_policy(begin, "bfloat16").state_dict()["model.layers.0.self_attn.q_proj.weight"]
+    after = policies.load_policy(run("sft", settings, begin), "bfloat16").state_dict()
+    moved = (after["model.layers.0.self_attn.q_proj.weight"] != before).float().mean()
+    assert 0.005 < moved < 0.5  # few, each by a whole step: the mean of all is the learning rate's
+    least = before.abs().median() * 2**-9
+    assert least > 6 * 1e-5  # six updates together would not have moved half of them by plain rounding
 
 
 # ---- r_train -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 
 from deftlib.models import policies
@@ -117,3 +118,28 @@ def test_what_was_encoded_from_anything_else_is_not_taken(tokenizer, tmp_path, t
     text = Text(reply_tokens=2) if change == "text" else text
     again = encoding.encode_lists(lists, tokenizer, text, folder=folder)
     assert again.to_list() == encoding.encode_lists(lists, tokenizer, text).to_list()
+
+
+# ---- batches of one length ---------------------------------------------------------------------------------------
+
+
+def lengths_of(count):
+    return torch.randint(10, 400, (count,), generator=torch.Generator().manual_seed(3))
+
+
+def test_batches_by_length_hold_every_list_once_and_little_padding():
+    lengths = lengths_of(1003)
+    order = torch.tensor(list(encoding.ByLength(lengths, 8, seed=0)))
+    assert sorted(order.tolist()) == list(range(1003))
+    padding = lambda order: 1 - lengths[order].sum() / sum(8 * lengths[batch].max() for batch in order.split(8))
+    assert padding(order) < 0.05 < 0.4 < padding(torch.arange(1003))
+
+
+def test_the_order_of_batches_knows_nothing_of_length_and_belongs_to_seed_and_epoch():
+    lengths, orders = lengths_of(4000), encoding.ByLength(lengths_of(4000), 8, seed=0)
+    first = list(orders)
+    means = lengths[torch.tensor(first)].view(-1, 8).float().mean(1)
+    assert abs(torch.corrcoef(torch.stack([torch.arange(500.0), means]))[0, 1]) < 0.15
+    assert list(orders) == first == list(encoding.ByLength(lengths, 8, seed=0))
+    orders.set_epoch(1)
+    assert list(orders) != first != list(encoding.ByLength(lengths, 8, seed=1))

@@ -82,17 +82,17 @@ def test_rows_are_what_a_method_runs_of_a_list():
 
 def test_the_peak_is_where_most_stands_at_a_time():
     of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets"), 0)
-    held = lambda accumulated=False, measured=False, **other: memory.Need(
+    held = lambda accumulated=False, **other: memory.Need(
         **{
             **of,
             **{"weights": 10, "optimizer": 20, "gradients": 5, "activations": 7, "logits": 1, "ends": 2, "step": 0},
-            **{"accumulated": accumulated, "measured": measured, **other},
+            **{"accumulated": accumulated, **other},
         }
     )
     assert held().total == 30 + 8  # the forward pass over
     assert held(activations=1).total == 30 + 5 + 2  # the backward pass over
     assert held(step=9).total == 30 + 5 + 9
-    assert held(accumulated=True, measured=True).total == 30 + 8 + 5 + 5
+    assert held(accumulated=True).total == 30 + 8 + 5
 
 
 # ---- against a real pass -------------------------------------------------------------------------------------------
@@ -156,6 +156,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers_and_what_would(start, lists
     whole = memory.needed(profile, "dpo", LlamaConfig(**SMALL, tie_word_embeddings=True), 3, False).total
     memory.check(profile, "dpo", start, lists, free=whole)
     monkeypatch.setattr(memory, "GIB", 2**20)
+    monkeypatch.setattr(memory, "SPARE", 1)
     with pytest.raises(memory.NotEnough) as refused:
         memory.check(profile, "dpo", start, lists, free=whole - 1)
     said = str(refused.value)
@@ -170,6 +171,7 @@ def test_more_gpus_are_named_where_there_are_gpus(start, lists, monkeypatch):
     profile = Profile.load("mini", {**FULL, "training.batch_size": 8})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "OF_CUDA", 0)
+    monkeypatch.setattr(memory, "SPARE", 1)
     dealt = Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": {"processes": 4, "config": "fsdp2"}})
     room = memory.needed(dealt, "deft-sft", LlamaConfig(**SMALL, tie_word_embeddings=True), 3).total
     with pytest.raises(memory.NotEnough) as refused:
