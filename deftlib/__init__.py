@@ -15,8 +15,9 @@ down this list only, and down the list of files that each room opens with:
     run            one notebook, executed headless
     jobs           many runs at once: which is next, and who works
     ray_workers    workers of a Ray cluster
-    workers        worker processes of this machine, over its GPUs and cores
-    profile        Profile: one typed record of every size, model and data source
+    workers        worker processes of this machine, over its GPUs and cores; one function on many pieces
+    profile        Profile: one typed record of every size, model and data source, from YAML
+    sections       what a profile can say: every setting, its type, default and meaning
     command        one sentence where a command goes wrong
     credentials    URLs as they are shown, and as they were given
     typed          nested dicts checked against dataclasses

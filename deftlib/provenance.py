@@ -24,7 +24,8 @@ import deftlib
 PACKAGE = Path(deftlib.__file__).resolve().parent
 # They carry results and settings, and change no number.
 CARRIERS = {"deftlib"} | {
-    f"deftlib.{name}" for name in ("jobs", "ray_workers", "workers", "store", "provenance", "profile", "typed")
+    f"deftlib.{name}"
+    for name in ("jobs", "ray_workers", "workers", "store", "provenance", "profile", "sections", "typed")
 }
 PACKAGES = {  # that can change a number, each with those that do part of its work
     "torch": [],

@@ -1,4 +1,4 @@
-"""Worker processes of this machine, one a place: what `jobs` hands its calls to.
+"""Worker processes of this machine: one a place, which `jobs` hands its calls to, or one function on many pieces.
 
 with LocalWorkers([Place(gpu="0", threads=4), Place(gpu="1", threads=4)]) as workers:
     workers.start("dpo 0", call)
@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import islice
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
@@ -194,3 +197,36 @@ def _environment(values):
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+# ---- one function on many pieces -----------------------------------------------------------------------------------
+
+_of_pieces = None  # what a process of `in_order` does
+
+
+def in_order(work, pieces, num_proc=1):
+    """Yield `work(piece)` of every piece, in order; by `num_proc` processes, or in this one if that is 1.
+
+    pieces: any iterable, read as workers come free, at most two ahead for each. Pieces and results are pickled; work,
+    which may hold a tokenizer, is not.
+    """
+    if num_proc == 1:
+        yield from map(work, pieces)
+        return
+    pieces = iter(pieces)
+    # Forked, as `datasets.map` does: they are there at once, and touch neither torch nor a GPU.
+    with ProcessPoolExecutor(num_proc, multiprocessing.get_context("fork"), _begin, (work,)) as pool:
+        waiting = deque(pool.submit(_do, piece) for piece in islice(pieces, 2 * num_proc))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(_do, piece) for piece in islice(pieces, 1))
+            yield result
+
+
+def _begin(work):
+    global _of_pieces
+    _of_pieces = work
+
+
+def _do(piece):
+    return _of_pieces(piece)

@@ -11,7 +11,8 @@ from deftlib import store
 from deftlib.models import policies
 from deftlib.models.loop import read_log
 from deftlib.preferences.lists import read, read_lists
-from deftlib.profile import Omega, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Omega
 from deftlib.training import building, one_run, subset, train
 
 SETTINGS = {

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from deftlib import jobs, store
-from deftlib.profile import Launch
+from deftlib.sections import Launch
 from deftlib.workers import JobError, Place
 
 

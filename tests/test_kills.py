@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from deftlib import store
 from deftlib.models import blocks, endpoint, features, generation, policies, rewards
-from deftlib.profile import Endpoint
+from deftlib.sections import Endpoint
 from deftlib.training import subset, train
 
 KILLS = int(os.environ.get("DEFT_KILLS", "1"))  # of every work

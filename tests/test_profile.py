@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from deftlib import profile as profile_module
+from deftlib import sections
 from deftlib.profile import FOLDER, Profile, ProfileError
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -181,7 +182,7 @@ def test_an_edit_of_the_file_while_a_run_goes_on_changes_no_label(tmp_path, monk
 def test_what_is_written_is_the_file_with_overrides_and_not_the_codes_defaults(monkeypatch):
     plain, other = Profile.load("mini"), Profile.load("mini", {"grading.top": 10})
     assert plain.written == Profile.load("mini").written != other.written
-    monkeypatch.setattr(profile_module.Evaluation.__dataclass_fields__["human_prompts"], "default", 7)
+    monkeypatch.setattr(sections.Evaluation.__dataclass_fields__["human_prompts"], "default", 7)
     assert Profile.load("mini").written == plain.written
 
 

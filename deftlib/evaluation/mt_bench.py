@@ -29,7 +29,8 @@ from deftlib.evaluation.questions import OTHER, TEMPERATURES, WITH_REFERENCE, MT
 from deftlib.intervals import Samples, mean_interval
 from deftlib.models import endpoint, generation
 from deftlib.models.policies import load_tokenizer, positions, start_policy
-from deftlib.profile import Endpoint, Profile, add_options
+from deftlib.profile import Profile, add_options
+from deftlib.sections import Endpoint
 from deftlib.training import train
 
 NO_JUDGE = "no judge configured"

@@ -20,8 +20,8 @@ from deftlib.models import endpoint, policies
 from deftlib.models.loop import with_progress
 from deftlib.models.said import first_turn, reply_in
 from deftlib.models.wheels import ModelError
-from deftlib.profile import Endpoint
 from deftlib.provenance import made_by
+from deftlib.sections import Endpoint
 
 AT_ONCE = 1024  # prompts that continuous batching is given at a time; their replies are kept when all are there
 PAGE = 256  # tokens of a page of its cache

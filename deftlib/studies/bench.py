@@ -30,8 +30,9 @@ from deftlib.command import one_sentence
 from deftlib.models import policies
 from deftlib.models.loop import clock, read_log
 from deftlib.preferences.lists import read_lists
-from deftlib.profile import Launch, Omega, Profile, add_options
+from deftlib.profile import Profile, add_options
 from deftlib.provenance import version
+from deftlib.sections import Launch, Omega
 from deftlib.studies import bench_lists, comparison
 from deftlib.training import building, launch, one_run, subset, train
 

@@ -19,7 +19,7 @@ from deftlib.models import policies
 from deftlib.models.loop import resident
 from deftlib.preferences import batches, mini_world
 from deftlib.preferences.lists import read_to
-from deftlib.profile import Text
+from deftlib.sections import Text
 from deftlib.training.counting import LISTS_AT_ONCE, count_lists
 from deftlib.training.encoding import encode_lists
 

@@ -20,8 +20,9 @@ from deftlib.method.grading import extreme_sides
 from deftlib.models import policies, rewards
 from deftlib.models.loop import Progress, fit_or_resume, read_log
 from deftlib.preferences import lists as ranked_lists
-from deftlib.profile import Profile, Text, add_options
+from deftlib.profile import Profile, add_options
 from deftlib.reporting import report
+from deftlib.sections import Text
 from deftlib.training import building, subset, train
 from deftlib.training.trainers import LIST_METHODS
 

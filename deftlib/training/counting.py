@@ -9,8 +9,8 @@ import numpy as np
 
 from deftlib.method.distribution import count_tokens
 from deftlib.models import policies
-from deftlib.models.workers import in_order
 from deftlib.preferences.batches import pieces_of
+from deftlib.workers import in_order
 
 LISTS_AT_ONCE = 1000  # of one call of the tokenizer
 

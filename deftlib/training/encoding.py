@@ -24,9 +24,9 @@ from torch.utils.data import Sampler
 from deftlib import store
 from deftlib.method.distribution import IGNORED
 from deftlib.models import policies
-from deftlib.models.workers import in_order
 from deftlib.preferences import batches
 from deftlib.training import subset
+from deftlib.workers import in_order
 
 LISTS_PER_SHARD = 10_000  # of one Arrow file, after whose last an interrupted run goes on
 SCHEMA = pa.schema(

@@ -16,8 +16,9 @@ from deftlib.command import one_sentence
 from deftlib.models import endpoint, generation, policies, rewards
 from deftlib.models.said import first_turn
 from deftlib.preferences.lists import read_lists
-from deftlib.profile import Endpoint, Profile, add_options
+from deftlib.profile import Profile, add_options
 from deftlib.reporting import escape
+from deftlib.sections import Endpoint
 from deftlib.training import subset, train
 
 MADE_FROM_LISTS = {  # overrides, beside data.source, under which a profile reads the published folder

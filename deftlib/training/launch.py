@@ -17,7 +17,8 @@ import threading
 import time
 
 from deftlib import typed
-from deftlib.profile import FOLDER, Profile, Settings
+from deftlib.profile import FOLDER, Profile
+from deftlib.sections import Settings
 
 PUBLISHER = "DEFT_PUBLISHER"  # host and process of who publishes, told to those it starts
 PORT = 29400  # where the machines of one launch find each other: torchrun's own

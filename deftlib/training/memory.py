@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from deftlib import store
 from deftlib.method import heads
 from deftlib.models import adapters, policies
-from deftlib.profile import Lora, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Lora
 from deftlib.training import launch
 from deftlib.training.building import keeps_reference
 from deftlib.training.likelihood import LOGITS_AT_ONCE

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deftlib import store
 from deftlib.models.loop import PeakMemory, Progress, fit_or_resume
-from deftlib.profile import Omega
+from deftlib.sections import Omega
 from deftlib.training import building, launch, subset, trainers
 
 

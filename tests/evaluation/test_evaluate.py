@@ -15,7 +15,8 @@ from deftlib.evaluation.metrics import character_bleu
 from deftlib.models import policies
 from deftlib.models.generation import generate
 from deftlib.preferences import mini_world
-from deftlib.profile import Generation, Profile, Text
+from deftlib.profile import Profile
+from deftlib.sections import Generation, Text
 
 TEXT = Text(prompt_tokens=8, reply_tokens=8)
 GREEDY = Generation(max_new_tokens=6, temperature=0.0, samples=1, batch_size=16)

@@ -23,7 +23,7 @@ from deftlib.evaluation.metrics import (
     start_log_likelihood,
     words,
 )
-from deftlib.profile import Text
+from deftlib.sections import Text
 
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "golden_bleu.json").read_text())["cases"]
 TEXT = Text(prompt_tokens=8, reply_tokens=6)

@@ -13,7 +13,8 @@ from deftlib import store
 from deftlib.evaluation import mini_bench, mt_bench, questions
 from deftlib.models import generation
 from deftlib.preferences.dialogues import messages
-from deftlib.profile import Endpoint, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Endpoint
 
 DATA = Path(os.environ.get("DEFT_DATA", "/nowhere")) / "mt_bench"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="DEFT_DATA names no folder with mt_bench/")

@@ -8,7 +8,7 @@ import pytest
 
 from deftlib.models import blocks
 from deftlib.models.blocks import in_blocks, slices
-from deftlib.profile import Launch
+from deftlib.sections import Launch
 
 N = 2500  # two blocks and a part of a third
 

@@ -18,7 +18,7 @@ import servers
 from deftlib.models import chat, endpoint
 from deftlib.models.chat import NoText, address, option_refused, text_of, wait_told
 from deftlib.models.endpoint import ask, replies_from
-from deftlib.profile import Endpoint, Generation
+from deftlib.sections import Endpoint, Generation
 
 serve = servers.serve
 REQUEST = {"messages": [{"role": "user", "content": "question 0"}], "max_tokens": 9, "temperature": 0, "seed": 1}

@@ -11,7 +11,7 @@ from servers import KEY, VERSION
 from deftlib.models import endpoint
 from deftlib.models.endpoint import EndpointError, ask, chat_requests, replies_from, require
 from deftlib.preferences.dialogues import messages
-from deftlib.profile import Endpoint, Generation
+from deftlib.sections import Endpoint, Generation
 
 serve = servers.serve
 

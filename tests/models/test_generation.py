@@ -11,7 +11,8 @@ from conftest import EOS
 from deftlib import jobs, store
 from deftlib.models import generation, policies
 from deftlib.models.generation import ends, generate, name_of, numbered
-from deftlib.profile import Endpoint, Generation, Launch, Profile, Text
+from deftlib.profile import Profile
+from deftlib.sections import Endpoint, Generation, Launch, Text
 
 TEXT = Text(prompt_tokens=8, reply_tokens=8)
 GREEDY = Generation(max_new_tokens=6, temperature=0.0, samples=1, batch_size=16)

@@ -20,7 +20,8 @@ from deftlib import provenance, store
 from deftlib.models import policies
 from deftlib.models.policies import ModelError, encode_prompt, encode_reply, fingerprint
 from deftlib.models.wheels import WHEELS, Wheels
-from deftlib.profile import Profile, Text
+from deftlib.profile import Profile
+from deftlib.sections import Text
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
 

@@ -29,7 +29,8 @@ from deftlib.models import features, policies, reward_heads, rewards
 from deftlib.models.loop import length_buckets
 from deftlib.models.rewards import encode, load_reward_model, score
 from deftlib.preferences.lists import FEATURES, first_human_turn, read_lists
-from deftlib.profile import Profile, RewardModel
+from deftlib.profile import Profile
+from deftlib.sections import RewardModel
 from deftlib.training import subset
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "<eos>", *(f"w{i}" for i in range(30))]

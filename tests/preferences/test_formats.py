@@ -26,7 +26,7 @@ from datasets import Dataset
 from deftlib.models import policies
 from deftlib.preferences import dialogues
 from deftlib.preferences.lists import PreferenceError, read
-from deftlib.profile import Text
+from deftlib.sections import Text
 from deftlib.training import check, subset
 
 ROWS = [

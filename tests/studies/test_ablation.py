@@ -14,7 +14,8 @@ from deftlib import store
 from deftlib.models import policies
 from deftlib.preferences import mini_world
 from deftlib.preferences.lists import read_lists
-from deftlib.profile import Omega, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Omega
 from deftlib.studies import ablation
 from deftlib.training import subset, train
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deftlib.models import policies
 from deftlib.preferences.lists import FEATURES
-from deftlib.profile import Text
+from deftlib.sections import Text
 from deftlib.training import count_block, counting
 
 WORDS = st.lists(st.sampled_from(["w1", "w2", "w3", "w30", "unheard", "<eos>", "<pad>"]), max_size=6)

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from deftlib.models import policies
 from deftlib.preferences.lists import FEATURES, read_lists
-from deftlib.profile import Text
+from deftlib.sections import Text
 from deftlib.training import encoding
 
 

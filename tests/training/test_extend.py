@@ -13,7 +13,8 @@ from deftlib import store
 from deftlib.models import generation, rewards
 from deftlib.models.endpoint import EndpointError
 from deftlib.preferences.lists import read, read_lists
-from deftlib.profile import Endpoint, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Endpoint
 from deftlib.training import extend, subset, train
 
 serve = servers.serve

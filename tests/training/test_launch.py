@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from deftlib.models import policies
 from deftlib.models.loop import read_log
-from deftlib.profile import Launch, Omega, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Launch, Omega
 from deftlib.training import launch, one_run, subset
 from deftlib.training.launch import LaunchError
 

@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from deftlib.models import adapters, policies
-from deftlib.profile import Lora, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Lora
 from deftlib.store import ROOT
 from deftlib.training import memory, subset, train
 

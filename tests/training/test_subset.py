@@ -19,7 +19,8 @@ from deftlib import store
 from deftlib.method.distribution import distribution_reward
 from deftlib.models import features, policies, rewards
 from deftlib.preferences.lists import FEATURES, PreferenceError, read_lists
-from deftlib.profile import Profile, Text
+from deftlib.profile import Profile
+from deftlib.sections import Text
 from deftlib.training import counting, subset
 
 VOCABULARY = ["<pad>", "<eos>", "<unk>", "a", "b", "c", "d", "e"]

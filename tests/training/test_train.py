@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 
 from deftlib.models import policies
-from deftlib.profile import Omega, Profile
+from deftlib.profile import Profile
+from deftlib.sections import Omega
 from deftlib.store import ROOT
 from deftlib.training import building, one_run, subset, train, trainers
 

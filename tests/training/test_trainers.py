@@ -14,7 +14,8 @@ from trl import DPOConfig, RLOOConfig
 
 from deftlib.method import losses
 from deftlib.models.loop import arguments
-from deftlib.profile import Profile, Text
+from deftlib.profile import Profile
+from deftlib.sections import Text
 from deftlib.training import encoding, likelihood, trainers
 
 IGNORED = -100
