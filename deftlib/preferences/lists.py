@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.fingerprint import generate_random_fingerprint
 
 from deftlib.preferences import batches
 from deftlib.preferences.cleaning import pro_cleaning
@@ -157,7 +158,8 @@ def read_lists(path):
             for batch in batches.batches(path, size=batches.LISTS_PER_GROUP):
                 stream.write_batch(batch)
         copy.flush()
-        return datasets.Dataset(pa.ipc.open_stream(pa.memory_map(copy.name)).read_all())
+        table = pa.ipc.open_stream(pa.memory_map(copy.name)).read_all()
+        return datasets.Dataset(table, fingerprint=generate_random_fingerprint())  # its own would pickle the table
 
 
 def _report(source, subsets, rejects, notes, rejects_path):
