@@ -108,3 +108,27 @@ def test_another_policy_or_text_has_other_features(tmp_path):
     assert features.identity(profile(), "words") != identity
     assert features.of_lists(profile(), "policy", path)[0].shape[1] == 128
     assert policies.start_policy(profile()) == policies.MINI_START
+
+
+def test_the_array_of_each_list_is_cut_when_asked_for():
+    cut = features.OfLists(np.arange(6.0), [2, 1, 3])
+    assert [part.tolist() for part in cut] == [[0, 1], [2], [3, 4, 5]]
+    assert [cut[-3].tolist(), cut[-1].tolist()] == [[0, 1], [3, 4, 5]] and len(cut[1:]) == 2
+    with pytest.raises(IndexError):
+        cut[3]
+
+
+def test_half_precision_is_kept_as_such_and_under_a_key_of_its_own(tmp_path):
+    path, half = lists(tmp_path / "lists.parquet"), Profile.load("mini", {"scale.states": "float16"})
+    (single, _), (kept, _) = (features.of_lists(each, "policy", path) for each in (profile(), half))
+    assert (single.dtype, kept.dtype) == (np.float32, np.float16) and kept == pytest.approx(single, rel=1e-3, abs=1e-4)
+
+
+def test_projected_r_dis_is_that_of_kept_states_and_keeps_none(tmp_path, root):
+    path, projected = lists(tmp_path / "lists.parquet"), Profile.load("mini", {"scale.states": "projected"})
+    q_diff = np.random.default_rng(0).normal(size=len(policies.mini_tokenizer()))
+    q_diff -= q_diff.mean()
+    found = features.distribution_rewards(projected, path, q_diff)
+    assert not list(root.rglob("states.npy"))
+    expected = features.distribution_rewards(profile(), path, q_diff)
+    assert np.array_equal(found.flat, expected.flat) and [len(of_list) for of_list in found] == [2] * 5
