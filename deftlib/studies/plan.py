@@ -19,13 +19,14 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModel
 
+from deftlib import jobs
 from deftlib.command import one_sentence
 from deftlib.models.features import WORDS
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, ProfileError, add_options
 from deftlib.reporting import records
 from deftlib.studies import ablation
-from deftlib.training import subset, train
+from deftlib.training import launch, subset, train
 from deftlib.training.trainers import LIST_METHODS
 
 PROMPT, REPLY = 158, 71  # tokens, HH-RLHF's means (data/README.md); shorter where the profile cuts
@@ -247,12 +248,12 @@ class _Costs:
         FSDP2 gathers every micro-batch's weights for forward and backward and the reference's, and scatters gradients,
         in 16 bits; DDP sums float32 gradients once an update.
         """
-        training, launch = self.profile.training, self.profile.launch
-        if launch.processes == 1:
+        settings = self.profile.launch
+        if settings.processes == 1:
             return 0.0
-        steps = max(1, training.gradient_accumulation // launch.processes)
-        moved = {"fsdp2": steps * (3 + reference) * 2 * self.n, "ddp": 2 * 4 * self.n}[launch.config]
-        return launch.processes * updates * moved / LINK
+        steps = launch.share(self.profile).training.gradient_accumulation
+        moved = {"fsdp2": steps * (3 + reference) * 2 * self.n, "ddp": 2 * 4 * self.n}[settings.config]
+        return settings.processes * updates * moved / LINK
 
     def judged(self, which, replies):
         """Seconds in which a reward model scores replies: finished ones in float32."""
@@ -348,7 +349,13 @@ def text(profile):
     formats = {"stages": "{:,.0f}".format} | dict.fromkeys(shown.columns[1:], "{:,.1f}".format)
     seconds, checkpoints = rows["seconds"].sum(), 2 * 12 * n if profile.training.save_steps else 0
     asked = "; ".join(f"{who} {count:,}" for who, count in requests(profile).items()) or "none, no server is named"
-    total = f"{_clock(seconds)} of a GPU, {_clock(seconds / gpus)} on {gpus} at best; "
+    together = jobs.MOST_ON_A_GPU if profile.jobs == "auto" else profile.jobs
+    at_best = (
+        f" on {gpus}" if gpus > 1 else f" where {together} runs share it and none slows another (jobs: {profile.jobs})"
+    )
+    total = f"{_clock(seconds)} of a GPU; "
+    if max(gpus, together) > 1:
+        total += f"{_clock(seconds / max(gpus, together))} at best{at_best}; "
     total += f"{rows['bytes'].sum() / 1e9:,.0f} GB kept, {checkpoints / 1e9:,.0f} GB more while a policy trains. "
     total += f"Requests to servers: {asked}."
     rests_on = (

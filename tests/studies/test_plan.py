@@ -129,5 +129,7 @@ def test_the_plan_says_what_it_rests_on_and_what_servers_are_asked(capsys):
     judge = {"url": "http://localhost/v1", "model": "judge"}
     plan.main(["--profile", "paper", "--set", f"mt_bench.judge={json.dumps(judge)}"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "on 8 at best" in said and "MT-Bench's judge 2,240" in said  # 6 policies, 4 of them against SFT, two orders
+    assert (
+        "hours at best on 8;" in said and "MT-Bench's judge 2,240" in said
+    )  # 6 policies, 4 of them against SFT, two orders
     assert "data sheet: 989 TFLOP/s" in said and "(assumed)" in said
