@@ -106,6 +106,14 @@ def test_notebooks_of_the_smallest_models_alone_share_the_machine(arguments, tog
     assert len(commands) == 8 and len(of_one_thread) == (6 if together else 0)
 
 
+@pytest.mark.parametrize(("profile", "is_planned"), [("mini", False), ("smol", False), ("gpu", True), ("paper", True)])
+def test_profiles_that_take_hours_and_money_say_first_what_they_will_do(profile, is_planned):
+    lines = shown_by_make("-n", "-B", "paper", f"PROFILE={profile}").splitlines()
+    commands = [line for line in lines if "deft plan" in line or "deft run" in line]
+    assert (f"deft plan --profile {profile}" in commands[0]) == is_planned
+    assert sum("deft plan" in line for line in commands) == is_planned and len(commands) == 8 + is_planned
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_keeps_the_house_rules(notebook):
     cells = json.loads(notebook.read_text())["cells"]
