@@ -30,7 +30,8 @@ def execute(notebook, profile):
         target.parent.mkdir(parents=True, exist_ok=True)
     with alone(target, f"another process runs {notebook.name}: waiting"):
         try:
-            papermill.execute_notebook(
+            _started(
+                papermill.execute_notebook,
                 notebook,
                 running,
                 parameters={"profile": profile.name, "overrides": profile.changes},
@@ -46,6 +47,17 @@ def execute(notebook, profile):
         os.replace(running, target)
         target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return target
+
+
+def _started(execute, *notebook, **options):
+    """`execute(...)`, again where the kernel died before any cell ran: a port it was told had been taken meanwhile."""
+    for left in (2, 1, 0):
+        try:
+            return execute(*notebook, **options)
+        except RuntimeError as error:
+            if not left or "Kernel died before replying" not in str(error):
+                raise
+            print("  the notebook's process did not start: once more", flush=True)
 
 
 def main(arguments=None):

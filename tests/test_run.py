@@ -90,3 +90,33 @@ def test_two_that_run_the_same_notebook_do_so_one_after_the_other(notebook, tmp_
     assert [each.exitcode for each in both] == [0, 0]
     assert "another process runs demo.ipynb: waiting" in capfd.readouterr().out
     assert "whole" in (tmp_path / "build/mini/notebooks/demo.ipynb").read_text()
+
+
+@pytest.mark.parametrize(("deaths", "gets_through"), [(1, True), (2, True), (3, False)])
+def test_a_kernel_whose_port_was_taken_is_started_again(deaths, gets_through, capsys):
+    started = []
+
+    def execute(notebook, **options):
+        started.append(notebook)
+        if len(started) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    if gets_through:
+        run._started(execute, "demo.ipynb")
+    else:
+        with pytest.raises(RuntimeError, match="Kernel died"):
+            run._started(execute, "demo.ipynb")
+    assert len(started) == min(deaths + 1, 3)
+    assert capsys.readouterr().out.count("did not start: once more") == len(started) - 1
+
+
+def test_any_other_error_of_a_notebook_is_told_at_once():
+    started = []
+
+    def execute(notebook):
+        started.append(notebook)
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        run._started(execute, "demo.ipynb")
+    assert len(started) == 1
