@@ -98,6 +98,28 @@ def test_a_micro_batch_that_two_processes_share_gives_the_same_omega(given, tmp_
         torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("deft-dpo", {"lora.rank": 2, "economy.group_by_length": True}),
+        ("ipo", {"economy.reference": "kept", "launch.config": "fsdp2"}),
+    ],
+)
+def test_adapters_batches_by_length_and_a_kept_reference_are_those_of_one_process(method, more, given, tmp_path):
+    found = []
+    for processes, train_into in ((1, one_run.train_into), (2, launch.launched)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        settings = {**more, "training.dpo": {"epochs": 2.0, "learning_rate": 1e-2}}
+        run = {"method": method, "seed": 0, "omega": 0.01 * method.startswith("deft-"), **given}
+        train_into(profile=profile(processes, **settings), folder=folder, **run)
+        found.append((read_log(folder), policies.load_policy(folder).state_dict()))
+    (one_log, one), (log, two) = found
+    assert len(log) == len(one_log) == 8 and log[0]["loss"] == pytest.approx(one_log[0]["loss"], abs=1e-6)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 
