@@ -52,7 +52,8 @@ def test_all_are_all_extras():
     extras = PROJECT["optional-dependencies"]
     (everything,) = extras["all"]
     inside = {extra for lines in extras.values() for line in lines for extra in re.findall(r"\w+(?=[,\]])", line)}
-    assert name_of(everything) == "deftlib" and inside == extras.keys() - {"all"}
+    apart = {"all", "memory"}  # torchao writes to the stderr of notebooks that do not use it
+    assert name_of(everything) == "deftlib" and inside == extras.keys() - apart
 
 
 def test_every_dependency_says_why_it_is_there():
