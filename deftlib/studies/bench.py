@@ -42,8 +42,8 @@ RUNS = [(method, seed) for method in ("sft", "deft-pro", "rrhf") for seed in ran
 
 def bench(profile, sizes):
     """One row a comparison: what, ratio, of which numbers, at which size, and what shows that both did the same."""
-    rows = [*guided_step(profile), *operators(profile), grouped_by_length(profile)]
-    rows += [*counted(), *held(sizes), fitted_at_once(profile), in_two_processes(profile)]
+    rows = [*held(sizes), *guided_step(profile), *operators(profile), grouped_by_length(profile)]
+    rows += [*counted(), fitted_at_once(profile), in_two_processes(profile)]
     return pd.DataFrame(rows).set_index("what")
 
 
