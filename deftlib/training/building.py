@@ -126,13 +126,13 @@ def check_updates(profile, base):
     """
     dtype, optimizer, rounds = profile.policy.dtype, profile.training.optimizer, profile.economy.stochastic_rounding
     rate = getattr(profile.training, RECIPES[base]).learning_rate
-    if optimizer in TORCHAO and importlib.util.find_spec("torchao") is None:
-        raise ModelError(f"{optimizer} comes from torchao, which is not installed: pip install 'deftlib[memory]'")
     if rounds and (optimizer not in TORCHAO or dtype != "bfloat16"):
         raise ProfileError(
             f"economy.stochastic_rounding is for bfloat16 weights under {' or '.join(sorted(TORCHAO))}: "
             f"policy.dtype is {dtype}, training.optimizer {optimizer}"
         )
+    if optimizer in TORCHAO and importlib.util.find_spec("torchao") is None:
+        raise ModelError(f"{optimizer} comes from torchao, which is not installed: pip install 'deftlib[memory]'")
     if profile.lora.rank or rounds or dtype == "float32":  # adapters are float32
         return
     least = 0.02 * SPACING[dtype] / 2

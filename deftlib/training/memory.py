@@ -141,12 +141,18 @@ def _second_model(profile, base):
 # ---- the preflight -----------------------------------------------------------------------------------------------
 
 
-def check(profile, method, start, lists, free=None, free_disk=None):
+def _said(size):
+    """Bytes as a reader takes them in."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def check(profile, method, start, lists, folder=None, free=None, free_disk=None):
     """Raises NotEnough, with the numbers and with what would fit, if a run cannot fit into memory or onto the disk.
 
     Devices are those of the profile's `launch`. start: folder or hub id of the policy; its configuration alone is read.
     lists: the Parquet file that is trained on. free: bytes of one device, free_disk: bytes where results are built;
-    what there is, if not given. Where a system does not tell, nothing is refused.
+    what there is, if not given. folder: what an interrupted run left, whose files are written over. Where a system does
+    not tell, nothing is refused.
     """
     cuda, processes = torch.cuda.is_available(), profile.launch.processes
     below = adapters.base(start)[0] if adapters.is_adapter(start) else start
@@ -154,13 +160,14 @@ def check(profile, method, start, lists, free=None, free_disk=None):
     responses = longest_list(lists)
     need = needed(profile, method, config, responses, cuda)
     free_disk = shutil.disk_usage(_existing(store.build_dir(profile.name))).free if free_disk is None else free_disk
-    disk = need.disk(profile.training.save_steps)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
+    disk = need.disk(profile.training.save_steps) - written
     name = f"{method} of {policies.short_name(below)}"
     if disk > free_disk:
         smaller = " or lora.rank=16" if not profile.lora.rank else ""
         raise NotEnough(
-            f"{name} writes {disk / GIB:.1f} GiB (a checkpoint {need.checkpoint / GIB:.1f}, the policy "
-            f"{need.saved / GIB:.1f}), and {free_disk / GIB:.1f} are free: make room, training.save_steps=0{smaller}"
+            f"{name} writes {_said(disk)} (a checkpoint {_said(need.checkpoint)}, the policy {_said(need.saved)}), and "
+            f"{_said(free_disk)} are free: make room, training.save_steps=0{smaller}"
         )
     free = free_of_a_device(processes) if free is None else free
     reserved = OF_CUDA if cuda else 0

@@ -56,7 +56,7 @@ def fit(profile, method, seed=0, grading=None, omega=None, lists=None, updates=N
         key["r_train"] = rewards.judge(profile, "train", subset.parts(profile)).identity()
 
     def produce(folder):
-        memory.check(profile, method, start, chosen)
+        memory.check(profile, method, start, chosen, folder)
         train_into = launch.launched if profile.launch.processes > 1 else one_run.train_into
         run = {"method": method, "seed": seed, "start": str(start), "lists": str(chosen), "q_diff": str(q_diff_path)}
         train_into(profile=profile, folder=folder, **run, omega=_plain(weight), updates=updates)

@@ -154,7 +154,7 @@ def test_without_save_steps_there_are_no_checkpoints(tmp_path):
 def test_seconds_go_on_where_the_checkpoint_was_written(tmp_path):
     (tmp_path / "seconds.json").write_text(json.dumps({"seconds": 1000.0}))
     progress = Progress(tmp_path, "line")
-    progress.on_train_begin(None, type("State", (), {"global_step": 0}), None)
+    progress.on_train_begin(None, type("State", (), {"global_step": 0, "is_world_process_zero": True}), None)
     assert 1000.0 <= progress.seconds < 1010.0
 
 
@@ -169,7 +169,7 @@ def test_progress_prints_one_line_every_few_seconds(tmp_path, capsys, monkeypatc
 
 def test_a_line_names_the_reward_and_the_rate_when_they_are_logged(tmp_path):
     progress, state = Progress(tmp_path, "dpo"), type("State", (), {"global_step": 5, "max_steps": 10})
-    progress.on_train_begin(None, type("State", (), {"global_step": 0}), None)
+    progress.on_train_begin(None, type("State", (), {"global_step": 0, "is_world_process_zero": True}), None)
     line = progress._line(state, {"loss": 0.5, "R_dis": 0.25, "tokens_per_second": 99.6})
     assert line.startswith("  dpo step 5/10  loss 0.5000  R_dis +0.2500  100 tokens/s  eta ")
 

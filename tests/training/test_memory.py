@@ -187,6 +187,13 @@ def test_checkpoints_that_the_disk_cannot_hold_are_refused(start, lists):
         memory.check(profile, "sft", start, lists, free_disk=1000)
 
 
+def test_what_an_interrupted_run_left_on_the_disk_is_written_over(start, lists, tmp_path):
+    profile, left = Profile.load("mini", {**FULL, "training.save_steps": 2}), tmp_path / "left" / "checkpoints"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(bytes(10**7))
+    memory.check(profile, "sft", start, lists, folder=left.parent, free_disk=1000)
+
+
 def test_an_adapter_is_counted_on_the_model_below_it(start, lists, tmp_path):
     folder = tmp_path / "sft"
     adapters.wrapped(policies.load_policy(start), Lora(rank=2), 0).save_pretrained(folder)
