@@ -67,8 +67,13 @@ class LocalWorkers:
         return self
 
     def __exit__(self, *_):
+        for number, worker in self._workers.items():
+            if number in self._names:
+                worker.process.terminate()
+            else:
+                with suppress(OSError):  # it may have died meanwhile
+                    worker.connection.send(None)  # it ends by itself, and clears up behind it
         for worker in self._workers.values():
-            worker.process.terminate()
             worker.process.join()
 
     @property
@@ -138,8 +143,7 @@ def _work(connection):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout = _Lines(connection)
-    while True:
-        call = connection.recv()
+    while (call := connection.recv()) is not None:
         error = None
         try:
             make_one(call)
