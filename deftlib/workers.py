@@ -129,7 +129,7 @@ class _Worker:
     def __init__(self, number, place):
         context = multiprocessing.get_context("spawn")  # forked, it could not use a GPU that its parent has looked at
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), daemon=True, name=f"deft worker {number + 1}")
+        self.process = context.Process(target=_work, args=(theirs,), name=f"deft worker {number + 1}")
         chosen = {"OMP_NUM_THREADS": str(place.threads)}
         if place.gpu is not None:
             chosen["CUDA_VISIBLE_DEVICES"] = place.gpu

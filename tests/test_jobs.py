@@ -12,7 +12,7 @@ import pytest
 
 from deftlib import jobs, store
 from deftlib.sections import Launch
-from deftlib.workers import JobError, Place
+from deftlib.workers import JobError, Place, in_order
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,18 @@ def test_two_workers_find_what_one_finds_and_make_each_result_once():
     processes = {process for _, process, _ in made()}
     assert len(processes) == 2 and str(os.getpid()) not in processes
     assert jobs.results(profile(2), calls(**TREE)) == expected and len(made()) == 5, "nothing is made anew"
+
+
+def lengths(words):
+    """A call that shares its work among processes of its own, as tokenizing does under `scale.num_proc`."""
+    produce = lambda folder: (folder / "n.json").write_text(json.dumps(list(in_order(len, words, num_proc=2))))
+    folder = store.stage(profile(1), "lengths/of-words", {"words": words}, produce, "method.grading")
+    return json.loads((folder / "n.json").read_text())
+
+
+def test_a_worker_may_have_processes_of_its_own():
+    found = jobs.results(profile(2), {words: partial(lengths, words.split()) for words in ("a bc", "def g hi")})
+    assert found == {"a bc": [1, 2], "def g hi": [3, 1, 2]}
 
 
 def test_one_worker_is_this_process():
