@@ -23,18 +23,18 @@ def in_blocks(profile, prepare, items, total, path, label):
     `profile.launch.processes` processes computes a share of the blocks. A block is on disk before the next one starts:
     a run that was killed goes on after its last. Their files are removed when all are there.
     """
-    files = _files(path, total)
+    files = files_of(path, total)
     if not path.is_file():
-        jobs.in_shares(profile, partial(_share, prepare, items, total, path, label))
+        jobs.in_shares(profile, partial(compute_share, prepare, items, total, path, label))
         _join(files, path)
     for file in files:
         file.unlink(missing_ok=True)
 
 
-def _share(prepare, items, total, path, label, share, of):
-    """Compute the blocks share, share + of, share + 2 of … that are not there."""
+def compute_share(prepare, items, total, path, label, share, of):
+    """Put the blocks share, share + of, share + 2 of … that are not there beside `path`, as `files_of` names them."""
     compute, items = None, iter(items())
-    for number, file in enumerate(_files(path, total)):
+    for number, file in enumerate(files_of(path, total)):
         block = list(islice(items, BLOCK))
         if number % of == share and not file.is_file():
             compute = compute or prepare()
@@ -43,7 +43,8 @@ def _share(prepare, items, total, path, label, share, of):
             os.replace(unfinished, file)
 
 
-def _files(path, total):
+def files_of(path, total):
+    """The file of each block."""
     return [path.with_name(f"block-{start:09d}.npy") for start in range(0, total, BLOCK)]
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deftlib.method.distribution import IGNORED
 from deftlib.method.passes import at_the_head
-from deftlib.models.blocks import BLOCK
+from deftlib.models.blocks import compute_share, files_of
 from deftlib.models.loop import length_buckets, with_progress
 
 # 256 MiB in float32. torch's chunked `linear_cross_entropy` holds half as much and takes 3 to 5 times as long on a CPU.
@@ -76,20 +76,14 @@ def kept_sums(trainer, of_batch, folder):
     token_budget = trainer.args.train_batch_size * max(lengths)
     sharers = 1 if trainer.is_fsdp_enabled else state.num_processes
     place.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(rows), BLOCK)
-    files = [place / f"{start:09d}.npy" for start in starts]
-    for number, (start, file) in enumerate(zip(starts, files)):
-        if number % sharers == state.process_index and not file.is_file():
-            block = range(start, min(start + BLOCK, len(rows)))
-            label = f"reference log-probabilities, {start} of {len(rows)} lists done"
-            partial = file.with_suffix(".tmp.npy")
-            np.save(partial, _of_block(of_batch, rows, block, lengths, token_budget, label))
-            partial.rename(file)
+    prepare = lambda: partial(_of_block, of_batch, rows, lengths, token_budget)
+    given = (prepare, lambda: range(len(rows)), len(rows), place / "sums.npy", "reference log-probabilities")
+    compute_share(*given, state.process_index, sharers)
     state.wait_for_everyone()
-    return np.concatenate([np.load(file) for file in files])
+    return np.concatenate([np.load(file) for file in files_of(place / "sums.npy", len(rows))])
 
 
-def _of_block(of_batch, rows, block, lengths, token_budget, label):
+def _of_block(of_batch, rows, lengths, token_budget, block, label):
     order, parts = [], []
     for batch in with_progress(length_buckets([lengths[i] for i in block], token_budget), label, len(block)):
         with torch.no_grad():

@@ -9,7 +9,7 @@ from conftest import SMALL, FakeJudge
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deftlib.models import adapters, policies
+from deftlib.models import adapters, blocks, policies
 from deftlib.models.wheels import ModelError
 from deftlib.profile import Profile, ProfileError
 from deftlib.training import building, likelihood, one_run, subset, train
@@ -196,14 +196,14 @@ def test_a_kept_reference_gives_the_losses_of_a_second_model_and_loads_none(meth
 
 
 def test_an_interrupted_pass_of_the_reference_goes_on_after_its_last_block(run, monkeypatch):
-    monkeypatch.setattr(likelihood, "BLOCK", 5)
+    monkeypatch.setattr(blocks, "BLOCK", 5)
     asked, of_block = [], likelihood._of_block
 
-    def dying(of_batch, rows, block, *args):
-        asked.append((block.start, block.stop))
+    def dying(of_batch, rows, lengths, budget, block, label):
+        asked.append((block[0], block[-1] + 1))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return of_block(of_batch, rows, block, *args)
+        return of_block(of_batch, rows, lengths, budget, block, label)
 
     monkeypatch.setattr(likelihood, "_of_block", dying)
     settings = {"economy.reference": "kept"}
@@ -211,7 +211,7 @@ def test_an_interrupted_pass_of_the_reference_goes_on_after_its_last_block(run, 
         run("dpo", settings)
     folder = run("dpo", settings)
     assert asked == [(0, 5), (5, 10), (5, 10), (10, 12)]
-    monkeypatch.setattr(likelihood, "BLOCK", 1024)
+    monkeypatch.setattr(blocks, "BLOCK", 1024)
     assert losses_of(folder) == pytest.approx(losses_of(run("dpo", settings, name="whole")), rel=1e-6)
 
 
