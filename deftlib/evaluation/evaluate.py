@@ -12,7 +12,8 @@ import pandas as pd
 from deftlib import jobs, store
 from deftlib.evaluation import metrics
 from deftlib.intervals import mean_interval, paired_interval
-from deftlib.models import generation, policies
+from deftlib.models import generation, policies, rewards
+from deftlib.models.blocks import computed, in_blocks
 from deftlib.preferences import mini_world
 from deftlib.preferences.lists import read_lists
 
@@ -44,15 +45,14 @@ def replies(profile, policy, parts, r_eval, seed=0):
         ]
         frame = pd.DataFrame(rows)
         prompts, answers, references = frame["prompt"], frame["reply"], frame["reference"]
-        frame["reward"] = r_eval.score(prompts, answers, frame["subset"])
+        scores = lambda column, prepare, *said: computed(
+            profile, prepare, list(zip(*said)), folder / f"{column}.npy", f"{column} of {generation.name_of(policy)}"
+        )
+        frame["reward"] = scores("reward", partial(rewards.of_blocks, r_eval), prompts, answers, frame["subset"])
         frame["words"] = [metrics.words(reply) for reply in answers]
         frame["bleu"] = [100 * metrics.character_bleu(reply, best) for reply, best in zip(answers, references)]
-        if profile.evaluation.bart:
-            bart = metrics.load_bart(profile.evaluation.bart)
-            frame["likelihood"] = metrics.bart_score(*bart, list(references), list(answers))
-        else:
-            scorers = policies.load_policy(start, profile.policy.dtype), policies.load_tokenizer(start)
-            frame["likelihood"] = metrics.start_log_likelihood(*scorers, list(prompts), list(answers), profile.text)
+        source = references if profile.evaluation.bart else prompts
+        frame["likelihood"] = scores("likelihood", partial(_likelihoods, profile, start), source, answers)
         if profile.data.source == "mini":
             frame["true_reward"] = [mini_world.true_reward(p, r) for p, r in zip(prompts, answers)]
             frame["unknown"] = [mini_world.unknown_sentences(r) for r in answers]
@@ -83,12 +83,27 @@ def divergence(profile, policy, reference, frame):
     key |= {"said": store.content_key(said), "text": vars(profile.text), "dtype": profile.policy.dtype}
 
     def produce(folder):
-        pair = [policies.load_policy(path, profile.policy.dtype) for path in (policy, reference)]
-        values = metrics.kl_divergence(*pair, policies.load_tokenizer(policy), *zip(*said), profile.text)
-        np.save(folder / "kl.npy", values)
+        label, prepare = f"KL of {generation.name_of(policy)}", partial(_divergences, profile, policy, reference)
+        in_blocks(profile, prepare, partial(iter, said), len(said), folder / "kl.npy", label)
 
     name = f"kl/{generation.name_of(policy)}-from-{generation.name_of(reference)}"
     return np.load(store.stage(profile, name, key, produce, "evaluation.evaluate") / "kl.npy")
+
+
+def _likelihoods(profile, start):
+    """What `likelihood_name` says of (source, reply) items, as `blocks.in_blocks` asks for it."""
+    if profile.evaluation.bart:
+        bart = metrics.load_bart(profile.evaluation.bart)
+        return lambda block, label: metrics.bart_score(*bart, *zip(*block), label=label)
+    scorer = policies.load_policy(start, profile.policy.dtype), policies.load_tokenizer(start)
+    return lambda block, label: metrics.start_log_likelihood(*scorer, *zip(*block), profile.text, label=label)
+
+
+def _divergences(profile, policy, reference):
+    """KL(policy || reference) of (prompt, reply) items, as `blocks.in_blocks` asks for it."""
+    pair = [policies.load_policy(path, profile.policy.dtype) for path in (policy, reference)]
+    tokenizer = policies.load_tokenizer(policy)
+    return lambda block, label: metrics.kl_divergence(*pair, tokenizer, *zip(*block), profile.text, label=label)
 
 
 def likelihood_name(profile):

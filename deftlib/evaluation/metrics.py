@@ -70,7 +70,7 @@ def load_bart(path):
 
 
 @torch.no_grad()
-def bart_score(model, tokenizer, references, replies, direction="precision", token_budget=4096):
+def bart_score(model, tokenizer, references, replies, direction="precision", token_budget=4096, label="BARTScore"):
     """BARTScore (Yuan et al., 2021) of each reply: mean log-likelihood of the target's tokens given the source, <= 0.
 
     direction: "precision" scores the reply given its reference, "recall" the reference given the reply. The paper does
@@ -91,14 +91,14 @@ def bart_score(model, tokenizer, references, replies, direction="precision", tok
         labels = _labels([target for _, target in pairs], model)
         return _label_means(model(input_ids=ids, attention_mask=mask, labels=labels).logits, labels)
 
-    return _in_batches(log_likelihoods, encoded, token_budget, "BARTScore")
+    return _in_batches(log_likelihoods, encoded, token_budget, label)
 
 
 # ---- without a reference -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def start_log_likelihood(model, tokenizer, prompts, replies, text, token_budget=4096):
+def start_log_likelihood(model, tokenizer, prompts, replies, text, token_budget=4096, label="log-likelihood"):
     """Mean log-likelihood of each reply's tokens given its prompt, under the start policy: <= 0, nats a token.
 
     It stands in where no BART can be loaded, and is not BARTScore: it knows no reference, and it likes what the policy
@@ -111,11 +111,11 @@ def start_log_likelihood(model, tokenizer, prompts, replies, text, token_budget=
         ids, mask, labels = _dialogues(pairs, model)
         return _label_means(model(input_ids=ids, attention_mask=mask).logits[:, :-1], labels[:, 1:])
 
-    return _in_batches(log_likelihoods, _encoded(tokenizer, prompts, replies, text), token_budget, "log-likelihood")
+    return _in_batches(log_likelihoods, _encoded(tokenizer, prompts, replies, text), token_budget, label)
 
 
 @torch.no_grad()
-def kl_divergence(policy, reference, tokenizer, prompts, replies, text, token_budget=4096):
+def kl_divergence(policy, reference, tokenizer, prompts, replies, text, token_budget=4096, label="KL divergence"):
     """How far a policy went from its reference: KL(policy || reference) of each reply's tokens, summed, >= 0, in nats.
 
     At every token of a reply the two next-token distributions are compared whole. Of replies that the policy sampled at
@@ -131,7 +131,7 @@ def kl_divergence(policy, reference, tokenizer, prompts, replies, text, token_bu
         of_token = (p.exp() * (p - q)).sum(-1)
         return of_token.new_zeros(len(pairs)).index_add(0, row, of_token).tolist()
 
-    return _in_batches(divergences, _encoded(tokenizer, prompts, replies, text), token_budget, "KL divergence")
+    return _in_batches(divergences, _encoded(tokenizer, prompts, replies, text), token_budget, label)
 
 
 def distinct_n(replies, n):

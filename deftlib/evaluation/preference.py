@@ -14,7 +14,7 @@ import torch
 
 from deftlib import jobs, store
 from deftlib.models import generation, policies
-from deftlib.models.blocks import in_blocks
+from deftlib.models.blocks import computed
 from deftlib.models.loop import length_buckets, with_progress
 from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences.lists import read_lists, sample
@@ -68,10 +68,8 @@ def likelihoods(profile, policy, parts):
         differ = [read(replies[0]) != read(replies[-1]) for replies in lists["responses"]]
         lists = lists.select(np.flatnonzero(differ))
         pairs = [(row["prompt"], row["responses"][which]) for row in lists for which in (0, -1)]
-        label, found = f"human pairs, {generation.name_of(policy)}", folder / "of_replies.npy"
-        in_blocks(profile, partial(_of_blocks, profile, policy), partial(iter, pairs), len(pairs), found, label)
-        sums, tokens = np.load(found).T
-        found.unlink()
+        label, prepare = f"human pairs, {generation.name_of(policy)}", partial(_of_blocks, profile, policy)
+        sums, tokens = computed(profile, prepare, pairs, folder / "of_replies.npy", label).T
         frame = pd.DataFrame({"id": lists["id"][:], "subset": lists["subset"][:]})
         for k, name in enumerate("1l"):
             frame[f"sum_{name}"], frame[f"tokens_{name}"] = sums[k::2], tokens[k::2].astype(int)

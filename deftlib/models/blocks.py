@@ -2,6 +2,7 @@
 
 in_blocks(profile, prepare, items, total, folder / "states.npy", "features of policy")
 for part in slices(folder / "states.npy"): ...
+rewards = computed(profile, prepare, items, folder / "rewards.npy", "scoring")      # where the items are at hand
 """
 
 import math
@@ -29,6 +30,14 @@ def in_blocks(profile, prepare, items, total, path, label):
         _join(files, path)
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def computed(profile, prepare, items, path, label):
+    """The array of `in_blocks` itself, of a list of N >= 1 items; only an interrupted pass leaves files at `path`."""
+    in_blocks(profile, prepare, partial(iter, items), len(items), path, label)
+    values = np.load(path)
+    path.unlink()
+    return values
 
 
 def compute_share(prepare, items, total, path, label, share, of):

@@ -146,15 +146,11 @@ class Judge:
 
         def produce(folder):
             replies, target = functools.partial(_replies, path), folder / "rewards.npy"
-            in_blocks(
-                self.profile, self._of_blocks, replies, lengths.sum(), target, f"{NAMES[self.which]} of {path.stem}"
-            )
+            prepare, label = functools.partial(of_blocks, self), f"{NAMES[self.which]} of {path.stem}"
+            in_blocks(self.profile, prepare, replies, lengths.sum(), target, label)
 
         key = {**self.identity(), "lists": store.digest(path)}
         return store.stage(self.profile, f"rewards/{self.which}-of-{path.stem}", key, produce, "models.rewards")
-
-    def _of_blocks(self):
-        return lambda block, label: self.score(*map(list, zip(*block)), label)
 
     def accuracy(self):
         """{axis: Interval}: how often y_1 scores above y_l in the held-out lists of each axis. Published."""
@@ -178,6 +174,11 @@ class Judge:
     @functools.cached_property
     def _finished(self):
         return load_reward_model(self.path)
+
+
+def of_blocks(judge):
+    """The rewards of (prompt, reply, subset) items, as `blocks.in_blocks` asks for them."""
+    return lambda block, label: judge.score(*map(list, zip(*block)), label)
 
 
 def _replies(path):

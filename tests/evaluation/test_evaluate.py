@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from deftlib.evaluation import evaluate
 from deftlib.evaluation.evaluate import by_prompt, by_subset, compare, sigmoid_reward
 from deftlib.evaluation.metrics import character_bleu
 from deftlib.models import policies
+from deftlib.models.blocks import BLOCK
 from deftlib.models.generation import generate
 from deftlib.preferences import mini_world
 from deftlib.profile import Profile
@@ -60,6 +62,36 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     assert np.isfinite(frame["likelihood"]).all() and (frame["likelihood"] < 0).all()
     evaluate.replies(profile, policy, parts, judge, seed=1)
     assert len(judge.scored) == 36
+
+
+def test_two_processes_score_a_share_each_and_together_what_one_scores(
+    talker, make_model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setenv("DEFT_ROOT", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    policy, start = tmp_path / "policy", tmp_path / "start"
+    for folder, model in ((policy, talker), (start, make_model(seed=5))):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    rows = [
+        {"id": f"t{i}", "subset": "s", "prompt": f"w{1 + i % 30}", "responses": [" w1", " w2"], "rewards": None}
+        for i in range(BLOCK // 3 + 2)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "test.parquet")
+    monkeypatch.setattr(policies, "start_policy", lambda profile: start)
+    few = {"generation": vars(dataclasses.replace(SAMPLED, max_new_tokens=2, batch_size=512)), "text": vars(TEXT)}
+    frames, divergences = [], []
+    for processes in (1, 2):
+        profile = Profile.load("mini", {"data.source": "given", "launch.processes": processes, **few})
+        if processes == 2:
+            shutil.rmtree(tmp_path / "build")
+            monkeypatch.setattr(policies, "load_policy", lambda *args: pytest.fail("loaded in this process"))
+        frames.append(evaluate.replies(profile, policy, tmp_path, FakeJudge()))
+        divergences.append(evaluate.divergence(profile, policy, start, frames[-1]))
+    assert len(frames[0]) > BLOCK  # more than one block: each process has one
+    pd.testing.assert_frame_equal(*frames)
+    assert np.array_equal(*divergences) and divergences[0].max() > 0
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
