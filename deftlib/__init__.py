@@ -16,6 +16,7 @@ down this list only, and down the list of files that each room opens with:
     jobs           many runs at once: which is next, and who works
     ray_workers    workers of a Ray cluster
     workers        worker processes of this machine, over its GPUs and cores; one function on many pieces
+    gpus           the visible GPUs, and whether one has room for another run
     profile        Profile: one typed record of every size, model and data source, from YAML
     sections       what a profile can say: every setting, its type, default and meaning
     command        one sentence where a command goes wrong

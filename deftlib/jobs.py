@@ -12,9 +12,9 @@ import os
 from collections import defaultdict, deque
 from functools import partial
 
-from deftlib import store
+from deftlib import gpus, store
 from deftlib.ray_workers import RayWorkers
-from deftlib.workers import JobError, LocalWorkers, Place, visible_gpus
+from deftlib.workers import JobError, LocalWorkers, Place
 
 CORES_OF_A_WORKER = 4  # without a GPU: where a further thread pays less than a further worker (our choice)
 MOST_ON_A_GPU = 4  # small policies leave a card idle between launches; a fifth gains little (our choice)
@@ -24,8 +24,9 @@ def results(profile, calls):
     """{name: what the call returns}, in the order given; what a call lacks is made by workers.
 
     calls: {name: function without arguments}. With one worker it is `call()` after `call()`, in this process. Numbers
-    are the same as one by one on as many threads. A run that does not fit into memory, or whose worker dies, waits and
-    is tried once more, alone. Raises JobError, from the first error and with its run's name, when all others are done.
+    are the same as one by one on as many threads. A GPU is shared while it has room for another run (`gpus.Room`); a
+    run that does not fit all the same, or whose worker dies, waits and is tried once more, alone. Raises JobError, from
+    the first error and with its run's name, when all others are done.
     """
     workers = _workers(profile, calls)
     if workers is not None:
@@ -162,18 +163,18 @@ def _workers(profile, calls):
 def places(profile):
     """The `Place` of every worker: `jobs` of them, dealt over the visible GPUs and the cores of this process.
 
-    "auto" is four a GPU, and without a GPU one for four cores.
+    "auto" is four a GPU, fewer at work at a time where they do not fit, and without a GPU one for four cores.
     """
     if profile.jobs != "auto":
         return _dealt(profile.jobs)
-    gpus = visible_gpus()
-    return _dealt(len(gpus) * MOST_ON_A_GPU if gpus else max(1, _cores() // CORES_OF_A_WORKER))
+    cards = len(gpus.visible())
+    return _dealt(cards * MOST_ON_A_GPU if cards else max(1, _cores() // CORES_OF_A_WORKER))
 
 
 def _dealt(many):
     """As many places, over the visible GPUs in turn, with equal threads; OMP_NUM_THREADS says otherwise."""
-    gpus, threads = visible_gpus(), int(os.environ.get("OMP_NUM_THREADS", max(1, _cores() // many)))
-    return [Place(gpus[i % len(gpus)] if gpus else None, threads) for i in range(many)]
+    cards, threads = gpus.visible(), int(os.environ.get("OMP_NUM_THREADS", max(1, _cores() // many)))
+    return [Place(cards[i % len(cards)] if cards else None, threads) for i in range(many)]
 
 
 def _cores():

@@ -18,9 +18,9 @@ from itertools import islice
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-from deftlib import store
+from deftlib import gpus, store
 
-TOO_BIG = ("OutOfMemoryError", "MemoryError")  # kinds of error after which a run is tried once more, alone
+TOO_BIG = ("OutOfMemoryError", "MemoryError", "NotEnough")  # kinds of error after which a run is tried once more, alone
 
 
 class JobError(RuntimeError):
@@ -48,20 +48,12 @@ def make_one(call):
         call()
 
 
-def visible_gpus():
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count()  # asks the driver, and leaves the GPU alone
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
-
-
 class LocalWorkers:
     """Worker processes, one a place, each with a GPU of its own or a share of one. They live as long as the `with`."""
 
     def __init__(self, places):
         self.places, self._workers, self._names = places, {}, {}  # {place's number: _Worker}, {number: name in work}
+        self._room = gpus.Room([place.gpu for place in places])
 
     def __enter__(self):
         return self
@@ -78,8 +70,8 @@ class LocalWorkers:
 
     @property
     def described(self):
-        gpus = len({place.gpu for place in self.places if place.gpu is not None})
-        where = f" on {gpus} GPU{'s' * (gpus > 1)}" if gpus else ""
+        cards = len({place.gpu for place in self.places if place.gpu is not None})
+        where = f" on {cards} GPU{'s' * (cards > 1)}" if cards else ""
         return f"{len(self.places)} workers{where}, {self.places[0].threads} threads each"
 
     @property
@@ -88,14 +80,26 @@ class LocalWorkers:
 
     @property
     def has_room(self):
-        return self.busy < len(self.places)
+        return any(map(self._fits, self._free()))
+
+    def _free(self):
+        """{card: number of the first place on it that is free}."""
+        free = {}
+        for number, place in enumerate(self.places):
+            if number not in self._names:
+                free.setdefault(place.gpu, number)
+        return free
+
+    def _fits(self, gpu):
+        return self._room.on(gpu, at_work=sum(self.places[number].gpu == gpu for number in self._names))
 
     def start(self, name, call, alone=False):
         """Give a call to a free worker. alone: the caller sees to it that no other is at work; memory is given back."""
         if alone:
             self.__exit__()
             self._workers.clear()
-        number = next(i for i in range(len(self.places)) if i not in self._names)
+        free = self._free()
+        number = free[next(filter(self._fits, free), next(iter(free)))]
         if number not in self._workers:
             self._workers[number] = _Worker(number, self.places[number])
         self._workers[number].connection.send(call)
@@ -107,7 +111,7 @@ class LocalWorkers:
             for connection in wait([self._workers[number].connection for number in self._names]):
                 number = next(i for i in self._names if self._workers[i].connection is connection)
                 try:
-                    kind, said = connection.recv()
+                    kind, said, *held = connection.recv()
                 except (EOFError, ConnectionResetError):
                     code = self._bury(number)
                     error = JobError(f"its worker died (exit code {code}), perhaps for want of memory")
@@ -115,6 +119,7 @@ class LocalWorkers:
                 if kind == "line":
                     print(f"  {number + 1}| {said}", flush=True)
                 else:
+                    self._room.took(*held)
                     return Outcome(self._names.pop(number), said, too_big=type(said).__name__ in TOO_BIG)
 
     def _bury(self, number):
@@ -131,8 +136,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), name=f"deft worker {number + 1}")
         chosen = {"OMP_NUM_THREADS": str(place.threads)}
-        if place.gpu is not None:
-            chosen["CUDA_VISIBLE_DEVICES"] = place.gpu
+        if place.gpu is not None:  # by the numbers of nvidia-smi
+            chosen |= {"CUDA_VISIBLE_DEVICES": place.gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         with _environment(chosen):  # read while its libraries load, before any code of ours runs there
             self.process.start()
         theirs.close()
@@ -149,7 +154,7 @@ def _work(connection):
             make_one(call)
         except Exception as raised:
             error = raised
-        connection.send(("done", _to_send(error)))
+        connection.send(("done", _to_send(error), gpus.peak()))
         _give_back_memory()
 
 

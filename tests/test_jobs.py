@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deftlib import jobs, store
+from deftlib import gpus, jobs, store
 from deftlib.sections import Launch
 from deftlib.workers import JobError, Place, in_order
 
@@ -229,6 +229,50 @@ def test_workers_are_dealt_over_the_visible_gpus(machine):
     machine(cores=16, gpus=2, visible="5,7")
     assert [place.gpu for place in jobs.places(profile(3))] == ["5", "7", "5"]
     assert {place.threads for place in jobs.places(profile(3))} == {5}
+
+
+class Card:
+    """A GPU of 80 GiB as nvidia-smi tells of it: `others` bytes are held by other people's processes."""
+
+    def __init__(self, others=0):
+        self.others = others
+
+    def run(self, asked, **_):
+        assert asked[:2] == ["nvidia-smi", "--id=0"]
+        return SimpleNamespace(stdout=f"{80 * 1024 - self.others // 2**20}, {80 * 1024}\n")
+
+
+def test_a_gpu_takes_another_run_while_it_has_room_for_one(monkeypatch):
+    card = Card()
+    monkeypatch.setattr(gpus.subprocess, "run", card.run)
+    room = gpus.Room(4 * ["0"])
+    assert all(room.on("0", at_work) for at_work in range(4)), "four of an equal share, before any is known"
+    room.took(0)
+    room.took(30 * 2**30)  # and a GiB of CUDA itself
+    assert room.on("0", 1) and not room.on("0", 2), "what two that have just started will take is theirs"
+    room.took(20 * 2**30)
+    assert not room.on("0", 2), "the largest counts"
+    card.others = 60 * 2**30
+    assert not room.on("0", 1), "somebody else is on the card"
+    assert room.on("0", 0), "alone it is tried: what does not fit there fits nowhere"
+
+
+@pytest.mark.parametrize("answer", [OSError("none here"), "[N/A], [N/A]", ""])
+def test_where_nothing_tells_of_memory_places_alone_decide(monkeypatch, answer):
+    def run(*_, **__):
+        if isinstance(answer, OSError):
+            raise answer
+        return SimpleNamespace(stdout=answer)
+
+    monkeypatch.setattr(gpus.subprocess, "run", run)
+    assert gpus.memory("MIG-1") is None and gpus.Room(["MIG-1"]).on("MIG-1", 3)
+
+
+def test_runs_that_do_not_fit_beside_others_wait(machine, monkeypatch):
+    machine(cores=2, gpus=1)
+    monkeypatch.setattr(gpus.subprocess, "run", Card(others=60 * 2**30).run)
+    assert jobs.results(profile(3), calls(**TREE))["dpo4"] == 41
+    assert len({process for _, process, _ in made()}) == 1, "one at a time, on a card that somebody else fills"
 
 
 def gpu_and_threads():

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from deftlib import store
+from deftlib.gpus import OF_CUDA
 from deftlib.method import heads
 from deftlib.models import adapters, policies
 from deftlib.profile import Profile
@@ -33,7 +34,6 @@ from deftlib.training.likelihood import LOGITS_AT_ONCE
 from deftlib.training.trainers import LIST_METHODS
 
 GIB = 2**30
-OF_CUDA = GIB  # what CUDA and its libraries hold beside tensors, a process: our allowance
 SPARE = 1.1  # of what is counted, before we say that it fits: fragments, and what is not counted
 STATE = {  # bytes of optimizer state for a trained number, scales included; AdamW's own has two of the weights' kind
     "adamw_torch_8bit": 2 + 8 / 256,
