@@ -45,19 +45,19 @@ MINI_TOKENIZER = mini_world.FOLDER / "tokenizer.json"
 MINI_START = mini_world.FOLDER / "start"  # a published folder: the mini world's start policy, by `deft mini-start`
 
 
-def load_policy(path, dtype="float32", adapters_apart=False):
-    """A causal language model from a folder or hub id, in evaluation mode on the GPU if there is one.
+def load_policy(path, dtype="float32", adapters_apart=False, place=None):
+    """A causal language model from a folder or hub id, in evaluation mode, at `place`: on the GPU if there is one.
 
     LoRA weights are added to those of the model below them; in half precision, where that would round small changes
     away, or where `adapters_apart` asks for it, they stay beside them and can be trained on.
     """
     if not adapters.is_adapter(path):
         model = AutoModelForCausalLM.from_pretrained(**origin(path), dtype=getattr(torch, dtype))
-        return model.to(device()).eval()
+        return model.to(place or device()).eval()
     below, was = adapters.base(path)
     if was and identity(below) != was:
         raise ModelError(f"{path} changes the weights of {below}, which is no longer what it was: train it again")
-    model = adapters.put_on(load_policy(below, dtype), path, trainable=adapters_apart)
+    model = adapters.put_on(load_policy(below, dtype, place=place), path, trainable=adapters_apart)
     return (model if adapters_apart or dtype != "float32" else adapters.merged(model)).eval()
 
 

@@ -5,8 +5,8 @@
     train          fit(profile, "deft-dpo", seed): one policy, published
     memory         what a run takes of memory and disk; what cannot fit is refused before anything is loaded
     one_run        one training into a folder, in this process or as one of several
-    launch         one large run on several GPUs: starts the processes, deals the lists of an update
     building       the trainer of a method, as the profile sets it up: model, reference, data, arguments
+    launch         one large run on several GPUs: starts the processes, deals the lists of an update
     trainers       the table of methods over ranked lists, their trainer, IFT's, and TRL's own
     likelihood     log-probabilities of responses, in chunks of logits; those of a reference, kept
     encoding       ranked lists as token ids, the rows that SFT and DPO take, batches of one length

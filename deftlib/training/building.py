@@ -8,6 +8,7 @@ What the profile's `lora` and `economy` ask for is settled here; the trainers kn
 import importlib.util
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
@@ -20,7 +21,7 @@ from deftlib.models.said import first_turn
 from deftlib.models.wheels import ModelError
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import ProfileError
-from deftlib.training import encoding, subset, trainers
+from deftlib.training import encoding, launch, subset, trainers
 from deftlib.training.trainers import LIST_METHODS
 
 RECIPES = {  # method: the field of the profile's Training whose epochs, learning rate and omega it takes
@@ -43,7 +44,8 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
     """
     base, training = method.removeprefix("deft-"), profile.training
     check_updates(profile, base)
-    tokenizer, model = policies.load_tokenizer(start), _trainable(profile, start, seed)
+    load = partial(policies.load_policy, start, profile.policy.dtype, place=launch.place_of_weights(profile))
+    tokenizer, model = policies.load_tokenizer(start), _trainable(profile, start, seed, load)
     policies.check_pair(start, model.config, tokenizer, profile.text.prompt_tokens + profile.text.reply_tokens)
     kwargs = _arguments(folder, profile, base, seed)
     common = {"model": model, "processing_class": tokenizer, "ratio_steps": training.ratio_steps}
@@ -67,7 +69,7 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         token_mean = training.dpo_sft_weight and training.sft_reduction == "token_mean"
         blend = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, training.dpo_sft_weight]} if token_mean else {}
         common |= {"summed_sft_weight": 0.0 if token_mean else training.dpo_sft_weight, "kept_in": kept}
-        common["ref_model"] = None if kept else policies.load_policy(start, profile.policy.dtype)
+        common["ref_model"] = None if kept else load()
         args = DPOConfig(**kwargs, beta=training.beta, max_length=None, precompute_ref_log_probs=bool(kept), **blend)
         rows = _with_lengths(profile, encoded).map(encoding.as_pair, remove_columns=["response_ids", "rewards"])
         return trainers.GuidedPairTrainer(args=args, train_dataset=rows, **common)
@@ -87,7 +89,7 @@ def build(folder, profile, method, seed, start, lists, q_diff_path, **more):
         data_collator=lambda rows: trainers.collate_lists(rows, tokenizer.pad_token_id, prefix_ids),
         list_loss=lambda scores: list_method.loss(scores, training),
         scores_last_end=list_method.scores_last_end,
-        reference=policies.load_policy(start, profile.policy.dtype) if second_model else None,
+        reference=load() if second_model else None,
         **common,
     )
     if kept:
@@ -144,19 +146,19 @@ def check_updates(profile, base):
         )
 
 
-def _trainable(profile, start, seed):
+def _trainable(profile, start, seed, load):
     """The policy to train: all its weights, or adapters on it; an SFT policy's adapters are trained on."""
     dtype, lora = profile.policy.dtype, profile.lora
     if not lora.rank:
         if adapters.is_adapter(start) and dtype != "float32":
             raise ModelError(f"{start} holds LoRA weights, which {dtype} would round away: policy.dtype=float32")
-        return policies.load_policy(start, dtype)
+        return load()
     if adapters.is_adapter(start):
-        model = policies.load_policy(start, dtype, adapters_apart=True)
+        model = load(adapters_apart=True)
         if model.peft_config["default"].r != lora.rank:
             raise ModelError(f"{start} has adapters of rank {model.peft_config['default'].r}, not {lora.rank}")
         return model
-    return adapters.wrapped(policies.load_policy(start, dtype), lora, seed)
+    return adapters.wrapped(load(), lora, seed)
 
 
 def finish(folder, start):

@@ -21,6 +21,7 @@ from deftlib.profile import FOLDER, Profile
 from deftlib.sections import Settings
 
 PUBLISHER = "DEFT_PUBLISHER"  # host and process of who publishes, told to those it starts
+A_DAY = 24 * 60 * 60  # seconds
 PORT = 29400  # where the machines of one launch find each other: torchrun's own
 
 
@@ -108,15 +109,23 @@ def splits(profile):
     return share(profile).training.batch_size < profile.training.batch_size
 
 
+def place_of_weights(profile):
+    """Where a process loads a model: in the machine's memory, if no device is to hold the whole; else None, its own."""
+    return "cpu" if profile.launch.processes > 1 and profile.launch.config == "fsdp2" else None
+
+
 def arguments(profile):
     """Further `TrainingArguments` of a launched training: how the model is dealt over the processes."""
-    if profile.launch.processes == 1 or profile.launch.config == "ddp":
+    if profile.launch.processes == 1:
         return {}
+    # Who publishes ends all as soon as one fails; a clock would end those that wait for a long encoding or writing.
+    patient = {"ddp_timeout": A_DAY}
+    if profile.launch.config == "ddp":
+        return patient
     config = json.loads((FOLDER / "launch" / f"{profile.launch.config}.json").read_text(encoding="utf-8"))
     checkpointing = profile.training.gradient_checkpointing  # FSDP has its own, which does not gather weights twice
-    return {"fsdp": True, "fsdp_config": config | {"activation_checkpointing": checkpointing}} | (
-        {"gradient_checkpointing": False} if checkpointing else {}
-    )
+    dealt = {"fsdp": True, "fsdp_config": config | {"activation_checkpointing": checkpointing}}
+    return patient | dealt | ({"gradient_checkpointing": False} if checkpointing else {})
 
 
 def read_job(folder):

@@ -69,16 +69,18 @@ def kept_sums(trainer, of_batch, folder):
     The policy before its first update is the reference (decision 7), so it takes them itself. They lie with the
     checkpoints of the run: one that was killed goes on after its last block, and publication removes them.
     A batch takes no more padded tokens than the longest micro-batch of the training. Several processes share the blocks
-    out, over one folder; under FSDP the first does them all, as it alone has the weights yet.
+    out, over one folder. Under FSDP, which has not dealt the weights yet, each device holds them all for as long.
     """
     rows, state, place = trainer.train_dataset, trainer.accelerator, Path(folder) / "checkpoints" / "reference"
     lengths = [_tokens(row) for row in rows]
     token_budget = trainer.args.train_batch_size * max(lengths)
-    sharers = 1 if trainer.is_fsdp_enabled else state.num_processes
     place.mkdir(parents=True, exist_ok=True)
     prepare = lambda: partial(_of_block, of_batch, rows, lengths, token_budget)
     given = (prepare, lambda: range(len(rows)), len(rows), place / "sums.npy", "reference log-probabilities")
-    compute_share(*given, state.process_index, sharers)
+    loaded = trainer.model.device
+    trainer.model.to(state.device)
+    compute_share(*given, state.process_index, state.num_processes)
+    trainer.model.to(loaded)
     state.wait_for_everyone()
     return np.concatenate([np.load(file) for file in files_of(place / "sums.npy", len(rows))])
 

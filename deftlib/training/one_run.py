@@ -13,6 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 from deftlib import store
 from deftlib.models.loop import PeakMemory, Progress, fit_or_resume
 from deftlib.sections import Omega
@@ -72,6 +74,8 @@ def main():
     """One of several processes; torchrun says which."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     launch.end_with_publisher()
+    if torch.cuda.is_available():  # before anything is loaded: else all would load onto the first
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     profile, run = launch.read_job(folder)
     try:
         with contextlib.redirect_stdout(None if rank else sys.stdout):  # the first says it for all

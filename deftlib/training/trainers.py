@@ -305,8 +305,8 @@ class PairTrainer(GroupedByLength, DPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        """As TRL's, but by length, and going on after a kill; where the model is sharded, TRL's own."""
-        if self.kept_in is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        """As TRL's, but by length, and going on after a kill; of a reference that FSDP has dealt already, TRL's own."""
+        if self.kept_in is None or self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.ref_model):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         model = self.ref_model or self.model
         prepared = lambda rows: self._prepare_inputs(self.data_collator(rows))

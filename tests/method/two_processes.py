@@ -36,7 +36,7 @@ from transformers import (
 from trl import DPOConfig, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer, SFTConfig
 
 from deftlib.method.guidance import DistributionGuided
-from deftlib.method.losses import pro_loss
+from deftlib.method.losses import ipo_loss, pro_loss
 from deftlib.models.loop import arguments
 from deftlib.training import encoding, trainers
 
@@ -49,10 +49,20 @@ class Run(NamedTuple):
     lora: bool = False
     tied: bool = True
     wrapper: str = "ddp"
+    kept: bool = False  # what the reference says, before training
 
     def __str__(self):
         head = "tied" if self.tied else "untied"
-        return " ".join([self.wrapper, self.method, "guided" if self.guided else "plain", head, "lora" * self.lora])
+        return " ".join(
+            [
+                self.wrapper,
+                self.method,
+                "guided" if self.guided else "plain",
+                head,
+                "lora" * self.lora,
+                "kept" * self.kept,
+            ]
+        )
 
 
 METHODS = ["sft", "dpo", "pro", "ift", "rloo"]
@@ -67,6 +77,7 @@ RUNS = [
     # A head in shards of its own, which TRL's losses do not average over processes; ours do.
     *(Run(method, tied=False, wrapper="fsdp2 of every matrix") for method in ("pro", "ift")),
     *(Run(method, wrapper=w) for method in ("dpo", "ift") for w in ("ddp checkpointed", "fsdp2 checkpointed")),
+    *(Run(method, lora=True, wrapper=w, kept=True) for method in ("dpo", "ipo") for w in ("ddp", "fsdp2")),
     *(Run("kto", wrapper=w) for w in ("ddp", "fsdp2")),
     *(Run(method, wrapper=w) for method in ("sft", "pro") for w in ("ddp bf16", "fsdp2 bf16")),
 ]
@@ -172,8 +183,9 @@ def build(run, folder, processes):
         rows = rows.map(encoding.as_sft, remove_columns=rows.column_names)
         return kind(trainers.GuidedSFTTrainer)(model, args, train_dataset=rows, peft_config=adapters, **common)
     if run.method == "dpo":
-        args, rows = DPOConfig(**kwargs, max_length=None), lists(count, 2)
+        args = DPOConfig(**kwargs, max_length=None, precompute_ref_log_probs=run.kept)
         common |= {"peft_config": adapters, "ref_model": None if run.lora else policy(run.tied)}
+        common["kept_in"], rows = folder if run.kept else None, lists(count, 2)
         rows = rows.map(encoding.as_pair, remove_columns=["response_ids", "rewards"])
         return kind(trainers.GuidedPairTrainer)(model, args=args, train_dataset=rows, **common, summed_sft_weight=0.05)
     names = {number: word for word, number in VOCAB.items()}
@@ -200,6 +212,13 @@ def build(run, folder, processes):
     common["data_collator"] = partial(trainers.collate_lists, pad_token_id=0)
     if run.method == "ift":
         return kind(trainers.GuidedIntuitiveTrainer)(model, train_dataset=lists(count, 1), **common)
+    if run.method == "ipo":
+        of_pairs = lambda scores: ipo_loss(scores.sums, scores.reference_sums, scores.counts, 0.1, True)
+        trainer = kind(trainers.GuidedRankedListTrainer)(
+            model, train_dataset=lists(count, 2), list_loss=of_pairs, **common
+        )
+        trainer.keep_reference(folder)
+        return trainer
     of_lists = lambda scores: pro_loss(scores.sums, scores.counts)
     return kind(trainers.GuidedRankedListTrainer)(model, train_dataset=lists(count, 3), list_loss=of_lists, **common)
 
@@ -218,9 +237,13 @@ def trained_weights(model):
     return torch.cat([whole(p).clone() for p in model.parameters() if p.requires_grad])
 
 
-def did(run, processes):
-    """What a run did in this process: omega, log entries, weights before and after, the rows of each micro-batch."""
-    with tempfile.TemporaryDirectory() as folder:
+def did(run, processes, shared=None):
+    """What a run did in this process: omega, log entries, weights before and after, the rows of each micro-batch.
+
+    shared: a folder for what all processes of a run read.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        folder = shared / str(run) if shared and run.kept else own
         trainer = build(run, folder, processes)
         adapt(trainer.model)
         before, batches, ratios = trained_weights(trainer.model), [], []
@@ -250,7 +273,7 @@ def main(out):
     torch.set_num_threads(1)
     processes, rank, found = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), {}
     for run in RUNS:
-        found[tuple(run)] = did(run, processes)
+        found[tuple(run)] = did(run, processes, Path(out))
     torch.save(found, Path(out) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

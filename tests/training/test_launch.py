@@ -236,4 +236,6 @@ def test_fsdp_has_checkpointing_of_its_own():
     arguments = launch.arguments(sharded)
     assert arguments["fsdp"] and arguments["gradient_checkpointing"] is False
     assert arguments["fsdp_config"]["version"] == 2 and arguments["fsdp_config"]["activation_checkpointing"]
-    assert launch.arguments(profile(2)) == {}
+    assert launch.arguments(profile(2)) == {"ddp_timeout": 86400} and launch.arguments(profile()) == {}
+    # else each process would load the whole model onto its device before FSDP deals it
+    assert launch.place_of_weights(sharded) == "cpu" and launch.place_of_weights(profile(2)) is None
