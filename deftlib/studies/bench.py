@@ -43,7 +43,7 @@ RUNS = [(method, seed) for method in ("sft", "deft-pro", "rrhf") for seed in ran
 def bench(profile, sizes):
     """One row a comparison: what, ratio, of which numbers, at which size, and what shows that both did the same."""
     rows = [*held(sizes), *guided_step(profile), *operators(profile), grouped_by_length(profile)]
-    rows += [*counted(), fitted_at_once(profile), in_two_processes(profile)]
+    rows += [*counted(profile), fitted_at_once(profile), in_two_processes(profile)]
     return pd.DataFrame(rows).set_index("what")
 
 
@@ -76,9 +76,9 @@ def grouped_by_length(profile):
     return _row("SFT epoch, grouped by length / at random, s", *medians, size, same)
 
 
-def counted():
-    """Counting the tokens of replies against the tokenizer alone: tokens a second, by one process and by two."""
-    table = bench_lists.counting(policies.mini_tokenizer())
+def counted(profile):
+    """Counting the tokens of replies against the policy's tokenizer alone: tokens a second, by one process, by two."""
+    table = bench_lists.counting(policies.load_tokenizer(policies.start_policy(profile)))
     for row in table.to_dict("records"):
         alone = row["tokens/s"] / row["of the tokenizer's"]
         what = f"counting, {row['processes']:.0f} processes / tokenizer alone, tokens/s"
@@ -88,13 +88,13 @@ def counted():
 
 
 def held(sizes):
-    """Resident memory at the peak of reading, encoding and counting, against the fewest lists: MB."""
+    """Resident memory at the peak of reading, encoding, grading and counting, against the fewest lists: MB."""
     table = bench_lists.memory(sizes)
     for row in table.to_dict("records"):
-        seconds = sum(row[f"{step} (s)"] for step in ("reading", "encoding", "counting"))
+        seconds = sum(row[f"{step} (s)"] for step in ("reading", "encoding", "grading"))
         size = f"{row['lists']:,.0f} lists, a file of {row['file (MB)']:,.0f} MB, {seconds:.0f} s"
         first = table["peak (MB)"].iloc[0]
-        yield _row("peak memory of reading, encoding, counting, MB", row["peak (MB)"], first, size, "the same code")
+        yield _row("peak memory of reading, encoding, grading, MB", row["peak (MB)"], first, size, "the same code")
 
 
 def fitted_at_once(profile):

@@ -1,6 +1,6 @@
 """How much memory do a million lists take, and how fast are they counted? Measured, on lists made for it.
 
-memory()      # peak resident memory of a fresh process that reads, encodes and counts 10^4, 10^5 and 10^6 lists
+memory()      # peak resident memory of a fresh process that reads, encodes, grades and counts 10^4, 10^5, 10^6 lists
 counting()    # tokens a second of `count_lists`, beside those of the tokenizer alone
 """
 
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from deftlib.method.grading import extreme_sides
 from deftlib.models import policies
 from deftlib.models.loop import resident
 from deftlib.preferences import batches, mini_world
 from deftlib.preferences.lists import read_to
+from deftlib.profile import Profile
 from deftlib.sections import Text
+from deftlib.training import subset
 from deftlib.training.counting import LISTS_AT_ONCE, count_lists
 from deftlib.training.encoding import encode_lists
 
@@ -29,12 +30,13 @@ MB = 10**6
 
 
 def made(n, seed=0):
-    """Yield n pairs of the mini world's replies, under prompts that differ."""
+    """Yield n pairs of the mini world's replies with rewards, under prompts that differ."""
     said, rng = list(mini_world.conversations(CONVERSATIONS, seed)), random.Random(seed)
     for i in range(n):
         (prompt, chosen), (_, rejected) = rng.sample(said, 2)
         prompt = prompt.replace("Human:", f"Human: ({i})", 1)
-        yield {"id": str(i), "prompt": prompt, "responses": [chosen, rejected]}
+        rewards = sorted((rng.random(), rng.random()), reverse=True)
+        yield {"id": str(i), "prompt": prompt, "responses": [chosen, rejected], "rewards": rewards}
 
 
 def memory(sizes=SIZES):
@@ -57,25 +59,22 @@ def memory(sizes=SIZES):
 
 
 def all_steps(folder):
-    """Read, encode and count the lists of `lists.jsonl` in a folder; prints a row of `memory` as JSON."""
-    folder, tokenizer, row = Path(folder), policies.mini_tokenizer(), {}
-    path, text = folder / "lists.parquet", Text()
+    """Read, encode, grade and count the lists of `lists.jsonl` in a folder; prints a row of `memory` as JSON."""
+    folder, profile, row = Path(folder), Profile.load("mini"), {}
+    path, start = folder / "lists.parquet", policies.start_policy(profile)
+    tokenizer = policies.load_tokenizer(start)
+    (folder / "graded").mkdir()
     row["before (MB)"] = resident("VmHWM") / MB
     steps = {
         "reading (s)": lambda: read_to(path, folder / "lists.jsonl"),
-        "encoding (s)": lambda: encode_lists(path, tokenizer, text, folder=folder / "encoded"),
-        "counting (s)": lambda: _counts(path, tokenizer, text),
+        "encoding (s)": lambda: encode_lists(path, tokenizer, profile.text, folder=folder / "encoded"),
+        "grading (s)": lambda: subset.grade_by_reward(profile, folder, start, folder / "graded"),  # counts too
     }
     for name, step in steps.items():
-        start = time.perf_counter()
+        began = time.perf_counter()
         step()
-        row[name] = time.perf_counter() - start
+        row[name] = time.perf_counter() - began
     print(json.dumps(row | {"peak (MB)": resident("VmHWM") / MB}))
-
-
-def _counts(path, tokenizer, text):
-    sides = map(extreme_sides, batches.lengths(path).tolist())
-    return count_lists({"responses": batches.column(path, "responses")}, sides, tokenizer, len(tokenizer), text)
 
 
 def counting(tokenizer, size=20_000, rounds=5, num_proc=(1, 2)):

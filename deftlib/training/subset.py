@@ -158,7 +158,7 @@ def graded(profile, grading):
     if grading == "reward":
         source = scored(profile)
         key |= {"scored": store.digest(source)}
-        produce = lambda folder: _grade_by_reward(profile, source, start, folder)
+        produce = lambda folder: grade_by_reward(profile, source, start, folder)
     else:
         policy_part, counts = parts(profile) / "policy.parquet", counted(profile)
         key |= {"lists": store.digest(policy_part), "counted": store.digest(counts)}
@@ -175,7 +175,8 @@ def rule(profile, grading):
     return {name: getattr(profile.grading, name) for name in RULES[grading]}
 
 
-def _grade_by_reward(profile, source, start, folder):
+def grade_by_reward(profile, source, start, folder):
+    """Grade, count and write down the lists of `source`/lists.parquet, which have rewards; they are read as needed."""
     path = source / "lists.parquet"
     rewards_of = lambda: batches.column(path, "rewards")
     best = np.fromiter(map(max, rewards_of()), np.float64)  # sec. 3.1: "the highest score within each sample"
