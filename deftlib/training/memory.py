@@ -3,13 +3,10 @@
     need = needed(profile, "deft-dpo", config)            # Need: bytes of one device, by what holds them
     check(profile, "deft-dpo", start)                     # NotEnough, with the numbers and with what would fit
 
-Weights are counted on torch's meta device. What the forward pass keeps for the backward pass is counted as well, not
-estimated: the model runs once on tensors without contents, and what autograd saves is added up. The page
+Weights, and what a forward pass keeps for the backward pass, are counted by `models.footprint`. The page
 `notebooks/what_fits_where.md` rests on these numbers and says how far they are from measured ones.
 """
 
-import functools
-import json
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -18,16 +15,12 @@ from pathlib import Path
 import pyarrow.compute as pc
 import torch
 from pyarrow.parquet import ParquetFile
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig
 
 from deftlib import store
 from deftlib.gpus import OF_CUDA
-from deftlib.method import heads
-from deftlib.models import adapters, policies
+from deftlib.models import adapters, footprint, policies
 from deftlib.profile import Profile
-from deftlib.sections import Lora
 from deftlib.training import launch
 from deftlib.training.building import keeps_reference
 from deftlib.training.likelihood import LOGITS_AT_ONCE
@@ -89,11 +82,11 @@ def needed(profile, method, config, responses=2, cuda=True):
     profile, base = launch.share(profile), method.removeprefix("deft-")
     training, processes, sharded = profile.training, profile.launch.processes, profile.launch.config == "fsdp2"
     parts, mixed = (processes if sharded else 1), training.bf16 and profile.policy.dtype == "float32"
-    model = (type(config), config.to_json_string(use_diff=False), json.dumps(vars(profile.lora)))
-    sizes = _sizes(*model, profile.policy.dtype)
+    model = footprint.described(config, profile.lora)
+    sizes = footprint.sizes(*model, profile.policy.dtype)
     rows = training.batch_size * _rows(profile, base, responses)
     gathers_half = sharded and mixed  # FSDP gathers in 16 bits; autocast keeps 16-bit copies of the weights instead
-    activations = _activations(
+    activations = footprint.activations(
         model,
         "bfloat16" if gathers_half else profile.policy.dtype,
         training.bf16 and not gathers_half,
@@ -242,120 +235,8 @@ def _existing(folder):
     return folder if folder.is_dir() else _existing(folder.parent)
 
 
-# ---- counting a model that is not there --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a policy to train: numbers, unless they are called bytes."""
-
-    bytes: int
-    trained: int
-    trained_bytes: int
-    trained_head: int  # the output head, if it is trained
-    trained_inside: int  # in layers
-    trained_ends: int  # bytes of embedding and head
-    layer: int  # one
-    outside: int  # embedding and head
-
-
-def _on_meta(kind, said, lora, dtype):
-    """The policy to train, without contents. Settings come as text, by which the caches below know them."""
-    config, lora = kind.from_dict(json.loads(said)), Lora(**json.loads(lora))
-    with torch.random.fork_rng([]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return adapters.wrapped(model, lora, seed=0) if lora.rank else model
-
-
-@functools.cache
-def _sizes(kind, said, lora, dtype):
-    model = _on_meta(kind, said, lora, dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    below = heads.base_model(model)
-    ends = {below.get_input_embeddings(), below.get_output_embeddings()}
-    inside = [p for p in model.parameters() if all(p is not end for module in ends for end in module.parameters())]
-    head = heads.output_head(model)[0]
-    return Sizes(
-        bytes=sum(p.numel() * p.itemsize for p in model.parameters()),
-        trained=sum(p.numel() for p in trained),
-        trained_bytes=sum(p.numel() * p.itemsize for p in trained),
-        trained_head=head.numel() if head.requires_grad else 0,
-        trained_inside=sum(p.numel() for p in inside if p.requires_grad),
-        trained_ends=sum(p.numel() * p.itemsize for p in trained if all(p is not each for each in inside)),
-        layer=sum(p.numel() for p in inside) // below.config.get_text_config().num_hidden_layers,
-        outside=sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in inside),
-    )
-
-
-def _activations(model, dtype, autocast, checkpointing, rows, length):
-    """Bytes that a training pass over int[rows, length] keeps for its backward pass, the weights themselves apart.
-
-    Under checkpointing they are what stands between layers, and one layer as it is computed anew. Autocast keeps 16-bit
-    copies of trained weights through the forward pass in any case.
-    """
-    kept = _kept(*model, dtype, autocast, checkpointing, rows, length)
-    if not checkpointing:
-        return kept
-    sizes, layers = _sizes(*model, dtype), model[0].from_dict(json.loads(model[1])).get_text_config().num_hidden_layers
-    copies = 2 * sizes.trained_inside if autocast and dtype == "float32" else 0
-    return kept + copies + (_kept(*model, dtype, autocast, False, rows, length) - copies) // layers
-
-
-@functools.cache
-def _kept(kind, said, lora, dtype, autocast, checkpointing, rows, length):
-    """Bytes that autograd saves of one pass, the weights themselves apart."""
-    model, kept = _on_meta(kind, said, lora, dtype).train(), {}
-    if checkpointing:
-        heads.base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    named = [*model.named_parameters(), *model.named_buffers()]
-    with FakeTensorMode():
-        own = {name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for name, t in named}
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "logits_to_keep": 1}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        ):
-            try:
-                functional_call(model, own, kwargs=inputs)
-            except RuntimeError as error:  # what a pass does hangs on the contents of its tensors
-                print(f"  {model.config.model_type}: what its forward pass keeps is not counted ({error})", flush=True)
-        ours = {tensor.untyped_storage()._cdata for tensor in own.values()}
-        return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in ours)
-
-
 # ---- the page ----------------------------------------------------------------------------------------------------
 
-LLAMA = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8192}
-SHAPES = {  # as their makers publish them
-    "SmolLM2-135M": LlamaConfig(
-        **LLAMA,
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ),
-    "Llama-3.2-1B": LlamaConfig(
-        **LLAMA,
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "LLaMA-7B": LlamaConfig(**LLAMA),
-    "Llama-3.1-8B": LlamaConfig(**LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
-}
 HALF = {"policy.dtype": "bfloat16"}
 TRAINED = {  # what is trained, and in what: changes of the profile `paper`
     "all weights, float32 under bf16": {"economy.reference": "kept"},
@@ -371,14 +252,14 @@ TRAINED = {  # what is trained, and in what: changes of the profile `paper`
 CARDS = (24, 48, 80)  # GB as sold, 10^9 bytes
 
 
-def table(models=SHAPES, method="deft-dpo"):
+def table(models=footprint.SHAPES, method="deft-dpo"):
     """The lines of the page's table: GiB of each GPU by how many there are, where it fits, GiB of disk; Markdown."""
     lines = ["| policy | trained | 1 GPU | 2 | 4 | 8 | fits | disk |", "|---|---|---|---|---|---|---|---|"]
     for model in models:
         for trained, changes in TRAINED.items():
             dealt = "ddp" if "lora.rank" in changes else "fsdp2"
             of = lambda n, c=changes, d=dealt: Profile.load("paper", {**c, "launch": {"processes": n, "config": d}})
-            needs = {n: needed(of(n), method, SHAPES[model]) for n in (1, 2, 4, 8)}
+            needs = {n: needed(of(n), method, footprint.SHAPES[model]) for n in (1, 2, 4, 8)}
             on = lambda card, needs=needs: [n for n, need in needs.items() if fits(need, 1e9 * card, OF_CUDA)]
             least = ", ".join(f"{min(on(card))} x {card} GB" for card in CARDS if on(card)) or "nowhere"
             sizes = " | ".join(f"{need.total / GIB:.1f}" for need in needs.values())
