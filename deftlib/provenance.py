@@ -22,10 +22,11 @@ from pathlib import Path
 import deftlib
 
 PACKAGE = Path(deftlib.__file__).resolve().parent
-# They carry results and settings, and change no number.
+# They carry results and settings, or refuse a run beforehand, and change no number.
 CARRIERS = {"deftlib"} | {
     f"deftlib.{name}"
-    for name in ("jobs", "ray_workers", "workers", "store", "provenance", "profile", "sections", "typed")
+    for name in ("jobs", "ray_workers", "workers", "gpus", "store", "provenance", "profile", "sections", "typed")
+    + ("training.memory", "models.footprint")
 }
 PACKAGES = {  # that can change a number, each with those that do part of its work
     "torch": [],

@@ -64,6 +64,14 @@ def test_the_key_follows_the_code_that_a_module_runs_and_no_other(sources, forge
     assert code_digest("training.train") != before[0] and code_digest("models.policies") == before[1]
 
 
+@pytest.mark.parametrize("module", ["gpus", "training.memory", "models.footprint"])
+def test_what_deals_work_out_or_refuses_it_beforehand_is_in_no_key(module, sources, forget):
+    before = code_digest("training.train")
+    sources[f"deftlib.{module}"] += "\nLIMIT = 2\n"
+    forget()
+    assert code_digest("training.train") == before
+
+
 def test_code_edited_while_a_run_goes_on_is_not_published_under_the_edited_codes_key(tmp_path, monkeypatch):
     """A copy of the house, a process that imports it, and an edit of `losses` while its stage is being made."""
     house = tmp_path / "copy" / "deftlib"
