@@ -34,6 +34,9 @@ STATE = {  # bytes of optimizer state for a trained number, scales included; Ada
     "adamw_bnb_8bit": 2 + 8 / 256,
     "sgd": 0,
 }
+OF_TRL = ("sft", "dpo", "rloo")  # methods whose trainers take log-probabilities by TRL's kernel (`trl.kernels`)
+TILE = (4096, 32768)  # positions and tokens of the vocabulary whose logits that holds at a time
+WITHOUT_TRITON = 29  # bytes a logit on CPUs: seven copies in float32 and a mask, in its backward pass
 
 
 class NotEnough(RuntimeError):
@@ -46,30 +49,31 @@ class Need:
 
     weights: int
     optimizer: int
-    reference: int  # a second model
+    reference: int  # a second model, or IFT's frozen embedding
     buckets: int  # DDP's copy of the gradients
     gradients: int
     accumulated: bool  # they stand beside the activations: a micro-batch is not the first of its update
     activations: int  # what the forward pass of the largest micro-batch keeps for the backward pass
-    logits: int  # of one chunk with softmax and gradient, and the head's gradient from it
+    logits: int  # of one chunk with what is made of them, and the head's gradient from it
     ends: int  # the embedding's gradient before it is added to
     step: int  # a copy that the optimizer makes for a moment
+    loading: int  # the models as they are loaded, before FSDP2 deals them out: each device holds them whole
     saved: int  # on disk: what is published
     checkpoint: int  # on disk: each
 
     @property
     def total(self):
-        """The peak: at the start of a backward pass, at its end, or in the optimizer's step."""
+        """The peak: when models are loaded, at the start of a backward pass, at its end, or in the optimizer's step."""
         forward = self.activations + self.logits + self.accumulated * self.gradients
         resting = self.weights + self.optimizer + self.reference + self.buckets
-        return resting + max(forward, self.gradients + max(self.step, self.ends))
+        return max(self.loading, resting + max(forward, self.gradients + max(self.step, self.ends)))
 
     def disk(self, save_steps):
         """Bytes: two checkpoints are kept while a third is written, and the result is while there are two."""
         return max(3 * self.checkpoint, 2 * self.checkpoint + self.saved) if save_steps else self.saved
 
     def __str__(self):
-        held = ("weights", "gradients", "optimizer", "reference", "buckets", "activations", "logits")
+        held = ("weights", "gradients", "optimizer", "reference", "buckets", "activations", "logits", "loading")
         return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in held if getattr(self, name) >= GIB / 20)
 
 
@@ -94,19 +98,21 @@ def needed(profile, method, config, responses=2, cuda=True):
         rows,
         profile.text.prompt_tokens + profile.text.reply_tokens,
     )
-    vocabulary = config.get_text_config().vocab_size
-    logits = 12 * min(rows * profile.text.reply_tokens * vocabulary, LOGITS_AT_ONCE) + 4 * sizes.trained_head
+    positions, shape = rows * profile.text.reply_tokens, config.get_text_config()
+    logits = _logits(profile, base, positions, shape.vocab_size, shape.hidden_size, cuda) + 4 * sizes.trained_head
     state = STATE.get(training.optimizer)
     optimizer = 2 * sizes.trained_bytes if state is None else math.ceil(state * sizes.trained)
     numbers = 2 * sizes.layer + sizes.outside if parts > 1 else 0  # gathered at a time: this layer and the next
     gathered = numbers * (2 if gathers_half else getattr(torch, profile.policy.dtype).itemsize)
     foreach = cuda and training.optimizer == "adamw_torch"
+    second = _second_model(profile, base)
+    embedding = shape.vocab_size * shape.hidden_size * getattr(torch, profile.policy.dtype).itemsize
     copies = 2 if base in ("dpo", "rloo") else 1  # TRL saves the first adapters too
     saved = sizes.trained_bytes if profile.lora.rank else sizes.bytes
     return Need(
         weights=sizes.bytes // parts + gathered,
         optimizer=optimizer // parts,
-        reference=sizes.bytes // parts if _second_model(profile, base) else 0,
+        reference=second * sizes.bytes // parts + (base == "ift") * embedding,
         buckets=sizes.trained_bytes if processes > 1 and not sharded else 0,
         gradients=sizes.trained_bytes // parts,
         accumulated=training.gradient_accumulation > 1,
@@ -114,9 +120,24 @@ def needed(profile, method, config, responses=2, cuda=True):
         logits=logits,
         ends=sizes.trained_ends,
         step=sizes.trained_bytes // parts if foreach else 0,
+        loading=(1 + second) * sizes.bytes if parts > 1 else 0,
         saved=saved,
         checkpoint=(copies if profile.lora.rank else 1) * saved + optimizer,
     )
+
+
+def _logits(profile, base, positions, vocabulary, width, cuda):
+    """Bytes of the logits that stand at a time, and of what is made of them, at the start of the backward pass."""
+    if base not in OF_TRL:
+        return 12 * min(positions * vocabulary, LOGITS_AT_ONCE)  # in float32, with softmax and gradient
+    halves, weights_are_halves = profile.training.bf16, profile.policy.dtype != "float32"
+    rows, columns = min(positions, TILE[0]), min(vocabulary, TILE[1])
+    tile = rows * columns
+    held = (2 if halves or weights_are_halves else 4) * tile + 2 * columns * width * (halves and not weights_are_halves)
+    if cuda:  # Triton's kernel writes the gradient over the logits
+        return held
+    multiplied = 4 * (tile + columns * width) if halves or weights_are_halves else 0  # in float32
+    return held + max(math.ceil(WITHOUT_TRITON * tile), multiplied)
 
 
 def _rows(profile, base, responses):

@@ -1,13 +1,19 @@
 """What a run takes of memory and disk: counted by hand, refused before anything is loaded."""
 
 import re
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from deftlib.models import adapters, footprint, policies
 from deftlib.profile import Profile
@@ -38,6 +44,10 @@ def test_weights_gradients_and_adams_two_moments_are_sixteen_bytes_a_number():
 def test_bfloat16_weights_and_an_8_bit_optimizer_are_six_bytes_a_number():
     found = need(**{"policy.dtype": "bfloat16", "training.optimizer": "adamw_torch_8bit"})
     assert found.weights + found.gradients + found.optimizer == pytest.approx((2 + 2 + 2 + 8 / 256) * NUMBERS, abs=1)
+
+
+def test_intuitive_fine_tuning_keeps_a_frozen_embedding():
+    assert need("ift").reference == 4 * 40 * 16 and need("rrhf").reference == 0
 
 
 def test_adapters_are_float32_on_frozen_weights_and_published_alone():
@@ -75,6 +85,13 @@ def test_several_devices_share_what_is_dealt_out_and_hold_copies_of_what_is_not(
     assert own.activations == pytest.approx(alone.activations / 4, rel=0.05)  # two lists each
 
 
+def test_each_device_holds_the_whole_model_before_it_is_dealt_out():
+    dealt = lambda method: need(method, **{"training.batch_size": 8, "launch": {"processes": 8, "config": "fsdp2"}})
+    assert dealt("sft").loading == 4 * NUMBERS and dealt("dpo").loading == 2 * 4 * NUMBERS
+    assert need("dpo").loading == 0
+    assert replace(dealt("dpo"), loading=10**9).total == 10**9
+
+
 def test_rows_are_what_a_method_runs_of_a_list():
     assert need("pro", responses=5).activations == pytest.approx(5 / 2 * need("dpo").activations, rel=0.05)
     assert need("asft", responses=5).activations == need("dpo").activations
@@ -82,7 +99,7 @@ def test_rows_are_what_a_method_runs_of_a_list():
 
 
 def test_the_peak_is_where_most_stands_at_a_time():
-    of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets"), 0)
+    of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets", "loading"), 0)
     held = lambda accumulated=False, **other: memory.Need(
         **{
             **of,
@@ -94,6 +111,48 @@ def test_the_peak_is_where_most_stands_at_a_time():
     assert held(activations=1).total == 30 + 5 + 2  # the backward pass over
     assert held(step=9).total == 30 + 5 + 9
     assert held(accumulated=True).total == 30 + 8 + 5
+
+
+# ---- against TRL's kernel ------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at a time, beside those given."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.now, self.most, self.seen = 0, 0, weakref.WeakSet(tensor.untyped_storage() for tensor in given)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]:
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize("width", [8, 600])
+def test_logits_are_what_trls_kernel_holds_of_them_on_a_cpu(width, dtype, autocast):
+    profile = Profile.load("mini", {"policy.dtype": dtype, "training.bf16": autocast})
+    hidden = torch.randn(80, width, dtype=getattr(torch, dtype), requires_grad=True)
+    weight, targets = torch.randn(memory.TILE[1] + 100, width, dtype=getattr(torch, dtype)), torch.zeros(80).long()
+    with Peak(hidden, weight) as peak, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        given = (hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy", "mean_logits"))
+        ChunkedLogProbFunction.apply(*given)[0].sum().backward()
+    worked_out = memory._logits(profile, "dpo", 80, len(weight), width, cuda=False)
+    assert peak.most == pytest.approx(worked_out, rel=0.03)
+
+
+def test_tiles_are_as_large_as_trls():
+    assert memory.TILE == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
 # ---- the preflight -----------------------------------------------------------------------------------------------
