@@ -9,6 +9,7 @@ Weights, and what a forward pass keeps for the backward pass, are counted by `mo
 
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,8 +230,9 @@ def _ways(profile, cuda):
 
 
 def free_of_a_device(processes=1):
-    """Free bytes of the GPU, of the smallest of several GPUs in all, or a process's share of the machine's memory.
+    """Free bytes of the GPU, of the smallest of several GPUs in all, or a process's share of the memory there is.
 
+    Without a GPU that is what the machine has, or the container or Slurm job around this process if it may take less.
     Infinite where a system does not tell.
     """
     if torch.cuda.is_available():
@@ -238,11 +240,47 @@ def free_of_a_device(processes=1):
             return torch.cuda.mem_get_info()[0]
         devices = range(min(processes, torch.cuda.device_count()))  # asked what is free, each would be opened
         return min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    return _free_without_gpu(Path("/")) / processes
+
+
+def _free_without_gpu(root):
+    """Bytes that this process may still take, by the kernel's files below `root`."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        return math.inf
-    return 1024 * int(lines["MemAvailable"].split()[0]) / processes
+        machine = _counted(root / "proc/meminfo", ":")["MemAvailable"] * 1024
+    except (OSError, KeyError):
+        machine = math.inf
+    return min([machine, *_left_in_control_groups(root)])
+
+
+def _left_in_control_groups(root):
+    """Yields the bytes left in each control group around this process that has a limit: of version 2, or of version 1.
+
+    What a group holds of files is given back when memory is short, and counts as free.
+    """
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, place = line.split(":", 2)
+            if not kinds:
+                mount, limit, used, of_files = "", "memory.max", "memory.current", ""
+            elif "memory" in kinds.split(","):
+                mount, limit, used, of_files = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            else:
+                continue
+            top = root / "sys/fs/cgroup" / mount
+            group = top / place.strip("/")
+            for folder in [group, *group.parents]:  # in a container the first may not be there, and the last is its own
+                with suppress(OSError, ValueError, KeyError):  # no such file; "max", which is no limit
+                    most = int((folder / limit).read_text())
+                    held = _counted(folder / "memory.stat")
+                    files = held[f"{of_files}active_file"] + held[f"{of_files}inactive_file"]
+                    yield most - int((folder / used).read_text()) + files
+                if folder == top:
+                    break
+
+
+def _counted(path, separator=None):
+    """{name: number} of a file with one of each a line."""
+    return {name: int(rest.split()[0]) for name, rest in (line.split(separator, 1) for line in path.open())}
 
 
 def longest_list(path):

@@ -239,6 +239,29 @@ def test_memory_of_this_machine_is_shared_by_its_processes():
     assert memory.free_of_a_device(4) == pytest.approx(memory.free_of_a_device() / 4, rel=0.2)
 
 
+def test_a_container_or_slurm_job_may_have_less_memory_than_its_machine(tmp_path):
+    def put(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    left = lambda: memory._free_without_gpu(tmp_path)
+    assert left() == float("inf")
+    put("proc/meminfo", "MemTotal:   99 kB\nMemAvailable:   50 kB\nHugePages_Total:    0\n")
+    assert left() == 50 * 1024
+    put("proc/self/cgroup", "0::/job/step\n")
+    put("sys/fs/cgroup/job/step/memory.max", "max\n")
+    assert left() == 50 * 1024
+    put("sys/fs/cgroup/job/memory.max", "30000\n")  # the limit of a group holds for those inside
+    put("sys/fs/cgroup/job/memory.current", "20000\n")
+    put("sys/fs/cgroup/job/memory.stat", "anon 13000\nactive_file 4000\ninactive_file 3000\n")
+    assert left() == 30000 - 20000 + 7000
+    put("proc/self/cgroup", "12:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n")  # version 1, seen from a container
+    put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9000\n")
+    put("sys/fs/cgroup/memory/memory.usage_in_bytes", "8000\n")
+    put("sys/fs/cgroup/memory/memory.stat", "active_file 1\ntotal_active_file 500\ntotal_inactive_file 0\n")
+    assert left() == 9000 - 8000 + 500
+
+
 # ---- the page ----------------------------------------------------------------------------------------------------
 
 
