@@ -35,7 +35,7 @@ else
 .NOTPARALLEL:
 endif
 
-# Profiles that take hours and money say first what they will do.
+# Profiles that take hours and money say first what they will do, and stop there if a training cannot fit.
 PLAN := $(if $(filter gpu paper,$(PROFILE)),build/$(PROFILE)/plan.txt)
 $(NAMES:%=$(OUT)/%.ipynb): | $(PLAN)
 
@@ -61,7 +61,7 @@ $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml notebooks/p
 
 build/%/plan.txt: notebooks/profiles/%.yaml $(READY)
 	@mkdir -p $(@D)
-	@$(BIN)/deft plan --profile $* > $@ && cat $@
+	@$(BIN)/deft plan --profile $* --here > $@ 2>&1; code=$$?; cat $@; exit $$code
 
 plan: $(READY)
 	@$(BIN)/deft plan --profile $(PROFILE)

@@ -11,11 +11,12 @@ estimated: the model runs once on tensors without contents, and what autograd sa
 import functools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from deftlib.method import heads
 from deftlib.models import adapters
@@ -46,6 +47,19 @@ SHAPES = {  # as their makers publish them
     "LLaMA-7B": LlamaConfig(**LLAMA),
     "Llama-3.1-8B": LlamaConfig(**LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8),
 }
+
+
+def shape(source):
+    """Configuration of the model in a folder, or that a hub id or wheel names: "huggyllama/llama-7b" is a LLaMA-7B.
+
+    None for names that `SHAPES` does not know; the hub is not asked.
+    """
+    if adapters.is_adapter(source):
+        return shape(adapters.base(source)[0])
+    if Path(source).is_dir():
+        return AutoConfig.from_pretrained(source)
+    name = str(source).rpartition("/")[2].lower()
+    return next((found for known, found in SHAPES.items() if name.startswith(known.lower())), None)
 
 
 def described(config, lora):

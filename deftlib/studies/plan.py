@@ -4,7 +4,8 @@
     table(profile)               # one row a kind of stage: how many, tokens, GPU seconds, bytes kept
 
 Arithmetic alone: no model is loaded. Of HH-RLHF the sizes are those of the paper's Table 1, so nothing is read either;
-other lists are dealt first. A pass costs 2 floating-point operations a parameter and token, one with gradients 6.
+other lists are dealt first. A pass costs 2 floating-point operations a parameter and token, one with gradients 6. With
+`--here`, as before `make paper`, a training that cannot fit on this machine is refused.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, ProfileError, add_options
 from deftlib.reporting import records
 from deftlib.studies import ablation
-from deftlib.training import launch, subset, train
+from deftlib.training import launch, memory, subset, train
 from deftlib.training.trainers import LIST_METHODS
 
 PROMPT, REPLY = 158, 71  # tokens, HH-RLHF's means (data/README.md); shorter where the profile cuts
@@ -274,13 +275,15 @@ def table(profile):
     _reward_models(profile, cost, add)
     states = length * (parts["policy"] + parts["pool"] + parts["dev"] + parts.get("reward_eval", 0))
     add("hidden states (R_dis)", 3 + ("reward_eval" in parts), states, cost.forward(cost.n, states))
-    asked = runs(profile, length)
+    asked, published = runs(profile, length), cost.n * (4 if profile.policy.dtype == "float32" else 2)
+    if profile.lora.rank and (adapted := memory.largest(profile, ["sft"])):
+        published = adapted[1].saved  # the adapter alone
     of_03 = asked["03"]
     every = set().union(*asked.values())
     for notebook, of_notebook in asked.items():
         made = [cost.training(run) for run in of_notebook]
         tokens, seconds = sum(tokens for _, tokens, _ in made), sum(seconds for *_, seconds in made)
-        kept = len(made) * cost.n * (4 if profile.policy.dtype == "float32" else 2)
+        kept = len(made) * published
         add(f"policies, notebook {notebook}", len(made), tokens / cost.pair, seconds, kept)
     _answers(profile, cost, add, every, of_03)
     return pd.DataFrame(rows).T.rename_axis("kind")
@@ -347,7 +350,9 @@ def text(profile):
     shown["GPU minutes"], shown["GB kept"] = rows["seconds"] / 60, rows["bytes"] / 1e9
     shown.loc["total"] = shown.sum()
     formats = {"stages": "{:,.0f}".format} | dict.fromkeys(shown.columns[1:], "{:,.1f}".format)
-    seconds, checkpoints = rows["seconds"].sum(), 2 * 12 * n if profile.training.save_steps else 0
+    largest, seconds = memory.largest(profile, *trained(profile)), rows["seconds"].sum()
+    writes = largest[1].disk(profile.training.save_steps) if largest else 3 * 12 * n  # three checkpoints
+    checkpoints = writes if profile.training.save_steps else 0
     asked = "; ".join(f"{who} {count:,}" for who, count in requests(profile).items()) or "none, no server is named"
     together = jobs.MOST_ON_A_GPU if profile.jobs == "auto" else profile.jobs
     at_best = (
@@ -357,7 +362,7 @@ def text(profile):
     if max(gpus, together) > 1:
         total += f"{_clock(seconds / max(gpus, together))} at best{at_best}; "
     total += f"{rows['bytes'].sum() / 1e9:,.0f} GB kept, {checkpoints / 1e9:,.0f} GB more while a policy trains. "
-    total += f"Requests to servers: {asked}."
+    total += f"Requests to servers: {asked}. {_of_largest(profile, largest, together)}"
     rests_on = (
         f"It rests on an H100 SXM (data sheet: {PEAK['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{PEAK['float32'] / 1e12:.0f} in float32), on which the {n:.3g} parameters of {profile.policy.source} train "
@@ -372,6 +377,21 @@ def text(profile):
     return "\n".join([title, "", *lines])
 
 
+def _of_largest(profile, largest, together):
+    """What the largest run takes of a GPU, as a sentence. largest: of `memory.largest`."""
+    if largest is None:
+        return f"What a run takes of a GPU is said when the configuration of {profile.policy.source} is here."
+    method, size = largest[0], largest[1].total / memory.GIB
+    said = f"The largest run, {method}, takes {size:.1f} GiB of {'each' if profile.launch.processes > 1 else 'a'} GPU"
+    return f"{said}, {together} at a time {together * size:.1f}." if together > 1 else f"{said}."
+
+
+def trained(profile):
+    """(methods, responses of a list) of the policies that are trained."""
+    length = sizes(profile)[1]
+    return sorted({run.method for of_notebook in runs(profile, length).values() for run in of_notebook}), length
+
+
 def _clock(seconds):
     return f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
 
@@ -379,8 +399,13 @@ def _clock(seconds):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Tell what a profile will do: stages, GPU hours, disk.")
     add_options(parser)
+    parser.add_argument("--here", action="store_true", help="fail if a training cannot fit on this machine")
+    args = parser.parse_args(arguments)
     with one_sentence():
-        print(text(Profile.from_options(parser.parse_args(arguments))))
+        profile = Profile.from_options(args)
+        print(text(profile), flush=True)
+        if args.here:
+            memory.check_first(profile, *trained(profile))
 
 
 if __name__ == "__main__":

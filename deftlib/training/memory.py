@@ -1,7 +1,7 @@
 """What a run takes of memory and disk, worked out before anything is loaded, and refused where it cannot fit.
 
     need = needed(profile, "deft-dpo", config)            # Need: bytes of one device, by what holds them
-    check(profile, "deft-dpo", start)                     # NotEnough, with the numbers and with what would fit
+    check(profile, "deft-dpo", start, lists)              # NotEnough, with the numbers and with what would fit
 
 Weights, and what a forward pass keeps for the backward pass, are counted by `models.footprint`. The page
 `notebooks/what_fits_where.md` rests on these numbers and says how far they are from measured ones.
@@ -161,23 +161,52 @@ def _said(size):
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
+def largest(profile, methods, responses=2, cuda=True):
+    """(method, its `Need`) of the method that takes most of a device.
+
+    None where the policy's configuration is not known without asking the hub: see `footprint.shape`.
+    """
+    config = _config(profile)
+    needs = {method: needed(profile, method, config, responses, cuda) for method in methods} if config else {}
+    return max(needs.items(), key=lambda item: item[1].total, default=None)
+
+
+def check_first(profile, methods, responses):
+    """`check` of several methods before anything is made, if the policy's configuration is known by then.
+
+    responses: of the longest list. What the profile has built so far counts as room on the disk: it may stand already.
+    """
+    config, policy = _config(profile), policies.short_name(profile.policy.source)
+    for method in methods if config else []:
+        _check(profile, method, policy, config, responses, store.build_dir(profile.name))
+
+
+def _config(profile):
+    if profile.policy.source == "mini":
+        return policies.mini_config(profile, policies.mini_tokenizer())
+    return footprint.shape(profile.policy.source)
+
+
 def check(profile, method, start, lists, folder=None, free=None, free_disk=None):
     """Raises NotEnough, with the numbers and with what would fit, if a run cannot fit into memory or onto the disk.
 
     Devices are those of the profile's `launch`. start: folder or hub id of the policy; its configuration alone is read.
     lists: the Parquet file that is trained on. free: bytes of one device, free_disk: bytes where results are built;
-    what there is, if not given. folder: what an interrupted run left, whose files are written over. Where a system does
-    not tell, nothing is refused.
+    what there is now, beside the runs that `jobs` has at work, if not given. folder: what an interrupted run left,
+    whose files are written over. Where a system does not tell, nothing is refused.
     """
-    cuda, processes = torch.cuda.is_available(), profile.launch.processes
     below = adapters.base(start)[0] if adapters.is_adapter(start) else start
     config = AutoConfig.from_pretrained(**policies.origin(below))
-    responses = longest_list(lists)
+    _check(profile, method, policies.short_name(below), config, longest_list(lists), folder, free, free_disk)
+
+
+def _check(profile, method, policy, config, responses, folder=None, free=None, free_disk=None):
+    cuda, processes = torch.cuda.is_available(), profile.launch.processes
     need = needed(profile, method, config, responses, cuda)
     free_disk = shutil.disk_usage(_existing(store.build_dir(profile.name))).free if free_disk is None else free_disk
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
     disk = need.disk(profile.training.save_steps) - written
-    name = f"{method} of {policies.short_name(below)}"
+    name = f"{method} of {policy}"
     if disk > free_disk:
         smaller = " or lora.rank=16" if not profile.lora.rank else ""
         raise NotEnough(

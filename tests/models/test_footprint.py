@@ -43,3 +43,11 @@ def test_counting_draws_no_random_numbers_and_loads_nothing():
     model = footprint.described(LlamaConfig(**{**SMALL, "hidden_size": 24}), Lora(rank=2))
     footprint.activations(model, "float32", False, False, 2, 16)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_name_tells_the_shape_of_a_model_that_is_not_here(tmp_path):
+    assert footprint.shape("huggyllama/llama-7b") is footprint.SHAPES["LLaMA-7B"]
+    assert footprint.shape("meta-llama/Llama-3.1-8B-Instruct@main") is footprint.SHAPES["Llama-3.1-8B"]
+    assert footprint.shape("someone/llama-70b") is None
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    assert footprint.shape(tmp_path).hidden_size == SMALL["hidden_size"]

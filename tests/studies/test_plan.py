@@ -3,12 +3,14 @@
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deftlib import store
+from deftlib.models import footprint, policies
 from deftlib.profile import Profile, ProfileError
 from deftlib.studies import ablation, comparison, plan
 from deftlib.training import memory, one_run, train
@@ -134,3 +136,33 @@ def test_the_plan_says_what_it_rests_on_and_what_servers_are_asked(capsys):
         "hours at best on 8;" in said and "MT-Bench's judge 2,240" in said
     )  # 6 policies, 4 of them against SFT, two orders
     assert "data sheet: 989 TFLOP/s" in said and "(assumed)" in said
+
+
+def test_what_the_largest_run_takes_is_said_before_its_model_is_here():
+    said = " ".join(plan.text(Profile.load("paper")).split())
+    need = memory.needed(Profile.load("paper"), "dpo", footprint.SHAPES["LLaMA-7B"])
+    assert f"The largest run, deft-dpo, takes {need.total / 2**30:.1f} GiB of each GPU." in said
+    unknown = plan.text(Profile.load("paper", {"policy.source": "someone/model-7b"}))
+    assert "when the configuration of someone/model-7b is here" in " ".join(unknown.split())
+
+
+def test_a_plan_that_cannot_fit_here_is_printed_and_refused_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(policies, "load_policy", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: 2**30)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**50))
+    plan.main(["--profile", "paper"])
+    refused = r"error: deft-dpo of llama-7b needs [\d.]+ GiB .* and 1.0 are free; what would"
+    with pytest.raises(SystemExit, match=refused):
+        plan.main(["--profile", "paper", "--here"])
+    assert "The largest run" in capsys.readouterr().out.split("all that it makes")[-1]
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: 2**40)
+    plan.main(["--profile", "mini", "--here"])
+
+
+def test_disk_is_told_as_the_preflight_counts_it_and_of_lora_by_the_adapters():
+    whole, adapted = (Profile.load("paper", {"lora.rank": rank}) for rank in (0, 16))
+    need = memory.needed(whole, "dpo", footprint.SHAPES["LLaMA-7B"])
+    assert f"{3 * need.checkpoint / 1e9:,.0f} GB more while a policy trains" in " ".join(plan.text(whole).split())
+    saved = memory.needed(adapted, "dpo", footprint.SHAPES["LLaMA-7B"]).saved
+    kept = plan.table(adapted)["bytes"]
+    assert kept["policies, notebook 03"] == 8 * saved and saved < 0.01 * need.saved

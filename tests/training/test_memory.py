@@ -3,6 +3,7 @@
 import re
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +214,15 @@ def test_what_an_interrupted_run_left_on_the_disk_is_written_over(start, lists, 
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(bytes(10**7))
     memory.check(profile, "sft", start, lists, folder=left.parent, free_disk=1000)
+
+
+def test_what_is_built_already_is_room_for_what_is_to_be_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.store, "build_dir", lambda name: tmp_path)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(memory.NotEnough, match="sft of mini writes"):
+        memory.check_first(Profile.load("mini", FULL), ["sft"], 2)
+    (tmp_path / "weights").write_bytes(bytes(10**7))
+    memory.check_first(Profile.load("mini", FULL), ["sft"], 2)
 
 
 def test_an_adapter_is_counted_on_the_model_below_it(start, lists, tmp_path):
