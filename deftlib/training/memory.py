@@ -18,7 +18,7 @@ import torch
 from pyarrow.parquet import ParquetFile
 from transformers import AutoConfig
 
-from deftlib import store
+from deftlib import jobs, store
 from deftlib.gpus import OF_CUDA
 from deftlib.models import adapters, footprint, policies
 from deftlib.profile import Profile
@@ -175,10 +175,22 @@ def check_first(profile, methods, responses):
     """`check` of several methods before anything is made, if the policy's configuration is known by then.
 
     responses: of the longest list. What the profile has built so far counts as room on the disk: it may stand already.
+    Where the largest would not fit as often as `jobs` runs share a device, that is said, and not refused: others are
+    smaller, and few stand at their peak at once.
     """
     config, policy = _config(profile), policies.short_name(profile.policy.source)
-    for method in methods if config else []:
+    if config is None:
+        return
+    for method in methods:
         _check(profile, method, policy, config, responses, store.build_dir(profile.name))
+    cuda, places = torch.cuda.is_available(), jobs.places(profile)
+    many = math.ceil(len(places) / len({place.gpu for place in places}))
+    if many == 1 or profile.cluster or profile.launch.processes > 1:
+        return
+    method, need = largest(profile, methods, responses, cuda)
+    take, free = many * (need.total + cuda * OF_CUDA), free_of_a_device()
+    if take > free:
+        print(f"  jobs: {many} runs like {method} at a time would take {_said(take)}, and {_said(free)} are free")
 
 
 def _config(profile):

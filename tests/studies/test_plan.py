@@ -148,14 +148,14 @@ def test_what_the_largest_run_takes_is_said_before_its_model_is_here():
 
 def test_a_plan_that_cannot_fit_here_is_printed_and_refused_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(policies, "load_policy", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: 2**30)
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes=1: 2**30)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**50))
     plan.main(["--profile", "paper"])
     refused = r"error: deft-dpo of llama-7b needs [\d.]+ GiB .* and 1.0 are free; what would"
     with pytest.raises(SystemExit, match=refused):
         plan.main(["--profile", "paper", "--here"])
     assert "The largest run" in capsys.readouterr().out.split("all that it makes")[-1]
-    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: 2**40)
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes=1: 2**40)
     plan.main(["--profile", "mini", "--here"])
 
 

@@ -225,6 +225,17 @@ def test_what_is_built_already_is_room_for_what_is_to_be_built(tmp_path, monkeyp
     memory.check_first(Profile.load("mini", FULL), ["sft"], 2)
 
 
+def test_runs_that_share_the_memory_are_told_when_they_are_too_many(monkeypatch, capsys):
+    profile = Profile.load("mini", {**FULL, "jobs": 3})
+    room = memory.largest(profile, ["sft"], cuda=False)[1].total
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes=1: 3 * room)
+    memory.check_first(profile, ["sft"], 2)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes=1: 3 * room - 1)
+    memory.check_first(profile, ["sft"], 2)
+    assert "jobs: 3 runs like sft at a time would take" in capsys.readouterr().out
+
+
 def test_an_adapter_is_counted_on_the_model_below_it(start, lists, tmp_path):
     folder = tmp_path / "sft"
     adapters.wrapped(policies.load_policy(start), Lora(rank=2), 0).save_pretrained(folder)
