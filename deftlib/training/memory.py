@@ -58,23 +58,24 @@ class Need:
     logits: int  # of one chunk with what is made of them, and the head's gradient from it
     ends: int  # the embedding's gradient before it is added to
     step: int  # a copy that the optimizer makes for a moment
-    loading: int  # the models as they are loaded, before FSDP2 deals them out: each device holds them whole
+    whole: int  # what a device holds before FSDP2 deals it out: the policy while it is its own reference
+    waiting: int  # in the memory of a machine with GPUs: what all its processes load before FSDP2 deals it out
     saved: int  # on disk: what is published
     checkpoint: int  # on disk: each
 
     @property
     def total(self):
-        """The peak: when models are loaded, at the start of a backward pass, at its end, or in the optimizer's step."""
+        """The peak: before weights are dealt out, at either end of a backward pass, or in the optimizer's step."""
         forward = self.activations + self.logits + self.accumulated * self.gradients
         resting = self.weights + self.optimizer + self.reference + self.buckets
-        return max(self.loading, resting + max(forward, self.gradients + max(self.step, self.ends)))
+        return max(self.whole, resting + max(forward, self.gradients + max(self.step, self.ends)))
 
     def disk(self, save_steps):
         """Bytes: two checkpoints are kept while a third is written, and the result is while there are two."""
         return max(3 * self.checkpoint, 2 * self.checkpoint + self.saved) if save_steps else self.saved
 
     def __str__(self):
-        held = ("weights", "gradients", "optimizer", "reference", "buckets", "activations", "logits", "loading")
+        held = ("weights", "gradients", "optimizer", "reference", "buckets", "activations", "logits", "whole")
         return ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in held if getattr(self, name) >= GIB / 20)
 
 
@@ -107,6 +108,7 @@ def needed(profile, method, config, responses=2, cuda=True):
     gathered = numbers * (2 if gathers_half else getattr(torch, profile.policy.dtype).itemsize)
     foreach = cuda and training.optimizer == "adamw_torch"
     second = _second_model(profile, base)
+    loaded = (1 + second) * sizes.bytes
     embedding = shape.vocab_size * shape.hidden_size * getattr(torch, profile.policy.dtype).itemsize
     copies = 2 if base in ("dpo", "rloo") else 1  # TRL saves the first adapters too
     saved = sizes.trained_bytes if profile.lora.rank else sizes.bytes
@@ -121,7 +123,8 @@ def needed(profile, method, config, responses=2, cuda=True):
         logits=logits,
         ends=sizes.trained_ends,
         step=sizes.trained_bytes // parts if foreach else 0,
-        loading=(1 + second) * sizes.bytes if parts > 1 else 0,
+        whole=(parts > 1) * (loaded if not cuda else keeps_reference(profile, base) * sizes.bytes),
+        waiting=(parts > 1 and cuda) * processes // profile.launch.nodes * loaded,
         saved=saved,
         checkpoint=(copies if profile.lora.rank else 1) * saved + optimizer,
     )
@@ -224,6 +227,11 @@ def _check(profile, method, policy, config, responses, folder=None, free=None, f
         raise NotEnough(
             f"{name} writes {_said(disk)} (a checkpoint {_said(need.checkpoint)}, the policy {_said(need.saved)}), and "
             f"{_said(free_disk)} are free: make room, training.save_steps=0{smaller}"
+        )
+    if need.waiting > (host := _free_without_gpu(Path("/"))):
+        raise NotEnough(
+            f"{name} loads {_said(need.waiting)} into the machine's memory, a model in each process before it is dealt "
+            f"out, and {_said(host)} are free: fewer launch.processes, economy.reference=kept, policy.dtype=bfloat16"
         )
     free = free_of_a_device(processes) if free is None else free
     reserved = OF_CUDA if cuda else 0

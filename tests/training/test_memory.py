@@ -86,11 +86,22 @@ def test_several_devices_share_what_is_dealt_out_and_hold_copies_of_what_is_not(
     assert own.activations == pytest.approx(alone.activations / 4, rel=0.05)  # two lists each
 
 
-def test_each_device_holds_the_whole_model_before_it_is_dealt_out():
-    dealt = lambda method: need(method, **{"training.batch_size": 8, "launch": {"processes": 8, "config": "fsdp2"}})
-    assert dealt("sft").loading == 4 * NUMBERS and dealt("dpo").loading == 2 * 4 * NUMBERS
-    assert need("dpo").loading == 0
-    assert replace(dealt("dpo"), loading=10**9).total == 10**9
+def test_weights_that_are_to_be_dealt_out_are_loaded_whole_in_every_process():
+    fsdp = {"training.batch_size": 8, "launch": {"processes": 8, "config": "fsdp2", "nodes": 2}}
+    dealt = lambda method, cuda=True, **changes: need(method, cuda=cuda, **fsdp, **changes)
+    assert (dealt("sft").waiting, dealt("dpo").waiting) == (4 * 4 * NUMBERS, 4 * 2 * 4 * NUMBERS)
+    assert (dealt("dpo").whole, dealt("dpo", **{"economy.reference": "kept"}).whole) == (0, 4 * NUMBERS)
+    assert (dealt("dpo", cuda=False).whole, dealt("dpo", cuda=False).waiting) == (2 * 4 * NUMBERS, 0)
+    assert (need("dpo", cuda=True).whole, need("dpo", cuda=True).waiting) == (0, 0)
+    assert replace(dealt("dpo"), whole=10**9).total == 10**9
+
+
+def test_weights_that_the_machine_cannot_hold_for_all_processes_are_refused(monkeypatch):
+    profile = Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": {"processes": 4, "config": "fsdp2"}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "_free_without_gpu", lambda root: 10**6)
+    with pytest.raises(memory.NotEnough, match=r"sft of mini loads .* into the machine's memory"):
+        memory.check_first(profile, ["sft"], 2)
 
 
 def test_rows_are_what_a_method_runs_of_a_list():
@@ -100,7 +111,7 @@ def test_rows_are_what_a_method_runs_of_a_list():
 
 
 def test_the_peak_is_where_most_stands_at_a_time():
-    of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets", "loading"), 0)
+    of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets", "whole", "waiting"), 0)
     held = lambda accumulated=False, **other: memory.Need(
         **{
             **of,
