@@ -42,11 +42,21 @@ def encode_lists(lists, tokenizer, text, rejects_path=None, folder=None, num_pro
     """Ranked lists as token ids: prompt_ids, response_ids, rewards (ranks L-1 .. 0 where rewards do not fit the order).
 
     lists: a Parquet file of them, or the rows. folder: for the Arrow files that the Dataset maps, to be deleted after
-    it; None is a temporary one. What an interrupted run left there from the same Parquet file is not done again.
+    it; None is a temporary one, gone with the Dataset or the process (a killed one leaves it). What an interrupted run
+    left there from the same Parquet file is not done again.
     num_proc: processes that share the work. A list is rejected, written to `rejects_path` and counted on screen, if a
     response has no token left but EOS, or if two differ only behind the cut. Raises ValueError if none is left.
     """
-    place = Path(folder or tempfile.mkdtemp(prefix="deft-encoded-"))
+    if folder is None:
+        place = Path(tempfile.mkdtemp(prefix="deft-encoded-"))
+        try:
+            encoded = encode_lists(lists, tokenizer, text, rejects_path, place, num_proc)
+        except BaseException:
+            shutil.rmtree(place)
+            raise
+        weakref.finalize(encoded, shutil.rmtree, place, ignore_errors=True)
+        return encoded
+    place = Path(folder)
     with store.alone(place, f"  another process encodes {place.name}: waiting"):
         is_file = isinstance(lists, str | Path)
         of = {"lists": store.digest(lists) if is_file else None, "text": vars(text)}
@@ -64,8 +74,6 @@ def encode_lists(lists, tokenizer, text, rejects_path=None, folder=None, num_pro
     encoded = datasets.concatenate_datasets([datasets.Dataset.from_file(str(shard)) for shard in found])
     if not len(encoded):
         raise ValueError("no list is left to train on: cut to text.reply_tokens, responses vanish or become equal")
-    if folder is None:
-        weakref.finalize(encoded, shutil.rmtree, place, ignore_errors=True)
     return encoded
 
 

@@ -1,6 +1,7 @@
 """Ranked lists as token ids: cuts, rejects, rewards that fit the order; shards that are kept."""
 
 import json
+import tempfile
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_a_response_without_tokens_is_rejected_with_a_reason_and_the_rest_trains
 def test_nothing_left_to_train_on_is_an_error_that_names_the_setting(tokenizer):
     with pytest.raises(ValueError, match=r"text\.reply_tokens"):
         encoding.encode_lists([ranked("", "w1")], tokenizer, Text())
+
+
+def test_temporary_files_go_with_the_dataset_and_after_an_error(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    encoded = encoding.encode_lists([ranked("w1", "w2")], tokenizer, Text())
+    assert list(tmp_path.iterdir())
+    del encoded
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"text\.reply_tokens"):
+        encoding.encode_lists([ranked("", "w1")], tokenizer, Text())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
