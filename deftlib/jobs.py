@@ -9,6 +9,7 @@ else. The profile says how many work at a time: `jobs`, and `cluster: ray` for t
 """
 
 import os
+import time
 from collections import defaultdict, deque
 from functools import partial
 
@@ -17,6 +18,7 @@ from deftlib.ray_workers import RayWorkers
 from deftlib.workers import JobError, LocalWorkers, Place
 
 CORES_OF_A_WORKER = 4  # without a GPU: where a further thread pays less than a further worker (our choice)
+SECONDS_TO_APPEAR = 60  # as long as NFS may keep what it once saw of a folder, by default
 MOST_ON_A_GPU = 4  # small policies leave a card idle between launches; a fifth gains little (our choice)
 
 
@@ -123,17 +125,30 @@ class _Schedule:
         if again:
             self.alone.remove(name)
         folder = self.stage_of.pop(name)
-        others = self.waiting.pop(folder, [])
+        others, error = self.waiting.pop(folder, []), outcome.error
+        if error is None and not _stands(folder):
+            error = JobError(
+                f"{folder} is not there, though its worker is done: it works with other code, packages or devices "
+                "than this process (after an edit, start this process anew), or in another folder"
+            )
         for each in [name, *others]:
-            if outcome.error is None:
+            if error is None:
                 self._look(each)
             else:
-                self._fail(each, outcome.error)
+                self._fail(each, error)
 
     def _fail(self, name, error):
         if not self.failed:
             print(f"  {_said(name)} failed, the others go on: {error}", flush=True)
         self.failed[name] = error
+
+
+def _stands(folder):
+    """Whether a result is there, or soon seen: on a network file system its name comes late."""
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not (found := (folder / store.MANIFEST).is_file()) and time.monotonic() < deadline:
+        time.sleep(1)
+    return found
 
 
 def _said(name):

@@ -6,6 +6,7 @@ with LocalWorkers([Place(gpu="0", threads=4), Place(gpu="1", threads=4)]) as wor
 """
 
 import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -102,8 +103,9 @@ class LocalWorkers:
         number = free[next(filter(self._fits, free), next(iter(free)))]
         if number not in self._workers:
             self._workers[number] = _Worker(number, self.places[number])
-        self._workers[number].connection.send(call)
-        self._names[number] = name
+        self._names[number] = name  # first: with half a call sent it is busy, and `__exit__` tells it nothing more
+        with suppress(ConnectionError):  # it died meanwhile: `next_outcome` says so
+            self._workers[number].connection.send(call)
 
     def next_outcome(self):
         """Show what the workers say until one is done."""
@@ -114,7 +116,8 @@ class LocalWorkers:
                     kind, said, *held = connection.recv()
                 except (EOFError, ConnectionResetError):
                     code = self._bury(number)
-                    error = JobError(f"its worker died (exit code {code}), perhaps for want of memory")
+                    why = ", perhaps for want of memory" if code == -signal.SIGKILL else ": stderr says why"
+                    error = JobError(f"its worker died (exit code {code}){why}")
                     return Outcome(self._names.pop(number), error, too_big=True)
                 if kind == "line":
                     print(f"  {number + 1}| {said}", flush=True)
@@ -154,6 +157,7 @@ def _work(connection):
             make_one(call)
         except Exception as raised:
             error = raised
+        print()  # ends a line that has no end yet
         connection.send(("done", _to_send(error), gpus.peak()))
         _give_back_memory()
 
@@ -179,10 +183,11 @@ def _give_back_memory():
         sys.modules["torch"].cuda.empty_cache()
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """A text stream that sends whole lines."""
 
     def __init__(self, connection):
+        super().__init__()
         self.connection, self.rest, self._lock = connection, "", threading.Lock()
 
     def write(self, text):
@@ -191,9 +196,6 @@ class _Lines:
             for line in filter(str.strip, lines):
                 self.connection.send(("line", line))
         return len(text)
-
-    def flush(self):
-        pass
 
 
 @contextmanager
@@ -235,6 +237,7 @@ def in_order(work, pieces, num_proc=1):
 def _begin(work):
     global _of_pieces
     _of_pieces = work
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # else it would wait for pieces for ever
 
 
 def _do(piece):

@@ -3,16 +3,18 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from deftlib import gpus, jobs, store
 from deftlib.sections import Launch
-from deftlib.workers import JobError, Place, in_order
+from deftlib.workers import JobError, LocalWorkers, Place, in_order
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +141,92 @@ def test_what_does_not_fit_alone_either_is_an_error(fault, said):
         jobs.results(profile(2), calls(large={"number": 1, "fault": fault}, small={"number": 2}))
     assert [name for name, _, _ in made()].count("large") == 2
     assert of("small", 2) == 2 and len(made()) == 3
+
+
+def keyed_by_process():
+    """A call whose result has another key in each process, as after an edit of code that this one has imported."""
+    produce = lambda folder: (folder / "n.txt").write_text("1")
+    return store.stage(profile(1), "numbers/own", {"process": os.getpid()}, produce, "method.grading")
+
+
+def test_a_worker_that_makes_something_else_is_an_error_and_not_asked_again(root, monkeypatch):
+    monkeypatch.setattr(jobs, "SECONDS_TO_APPEAR", 0)
+    with pytest.raises(JobError, match=r"first own: .*own-\w+ is not there, though its worker is done"):
+        jobs.results(profile(2), {"own": keyed_by_process, **calls(good={"number": 1})})
+    assert len(list(root.glob("build/p/numbers/own-*"))) == 1
+
+
+def exits():
+    sys.exit(3)
+
+
+def test_an_idle_worker_may_die():
+    with LocalWorkers([Place(None, 1)]) as workers:
+        workers.start("a", partial(of, "a", 1))
+        assert workers.next_outcome().error is None
+        (worker,) = workers._workers.values()
+        worker.process.kill()
+        worker.process.join()
+        workers.start("b", partial(of, "b", 2))
+        outcome = workers.next_outcome()
+        assert outcome.name == "b" and outcome.too_big
+        workers.start("b", partial(of, "b", 2), alone=True)
+        assert workers.next_outcome() == ("b", None, False)
+
+
+def test_a_worker_that_ends_by_itself_is_not_said_to_want_memory():
+    with LocalWorkers([Place(None, 1)]) as workers:
+        workers.start("a", exits)
+        assert str(workers.next_outcome().error) == "its worker died (exit code 3): stderr says why"
+
+
+def talks():
+    """A call that asks its stdout what libraries ask it, and ends no line."""
+    of("a", 1)
+    print(f"terminal: {sys.stdout.isatty()}", end="")
+
+
+def test_what_a_worker_prints_to_answers_as_a_stream_and_keeps_the_last_line(capfd):
+    with LocalWorkers([Place(None, 1)]) as workers:
+        workers.start("a", talks)
+        assert workers.next_outcome().error is None
+    assert "  1| terminal: False\n" in capfd.readouterr().out
+
+
+POOL = """
+import os, sys, time
+from deftlib.workers import in_order
+
+def note(piece):
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(0.2)
+
+for _ in in_order(note, range(8), 2):
+    time.sleep(60)
+"""
+
+
+def test_the_processes_of_in_order_end_when_theirs_is_killed(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", POOL, str(tmp_path / "pids")], stderr=subprocess.DEVNULL)
+    numbers = lambda: set((tmp_path / "pids").read_text().split()) if (tmp_path / "pids").is_file() else set()
+    while len(numbers()) < 2:
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    alive = lambda: [number for number in numbers() if running(number)]
+    deadline = time.time() + 10
+    while alive() and time.time() < deadline:
+        time.sleep(0.1)
+    assert not alive()
+
+
+def running(number):
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_unknown_call_is_told_like_any_other():
