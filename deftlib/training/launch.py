@@ -8,8 +8,10 @@ share the lists of an update: how many those are is the profile's, and the same 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from deftlib.sections import Settings
 
 PUBLISHER = "DEFT_PUBLISHER"  # host and process of who publishes, told to those it starts
 A_DAY = 24 * 60 * 60  # seconds
-PORT = 29400  # where the machines of one launch find each other: torchrun's own
+OWN = "launch"  # of a run's folder: what its processes are told, and what they say when they fail
+PORTS = range(20_000, 30_000)  # at one of them the machines of a launch find each other; none that Linux hands out by default
 
 
 class LaunchError(RuntimeError):
@@ -35,14 +38,13 @@ class LaunchError(RuntimeError):
 def launched(profile, folder, **run):
     """Train in `profile.launch.processes` processes, into the folder. Raises LaunchError by the first that failed."""
     share(profile)  # refuses before anything is started
-    job = folder / "job.json"
-    job.write_text(json.dumps({"profile": dataclasses.asdict(profile), "run": run}))
-    for left in folder.glob("failed-*.txt"):
-        left.unlink()
+    shutil.rmtree(folder / OWN, ignore_errors=True)
+    (folder / OWN).mkdir()
+    (folder / OWN / "job.json").write_text(json.dumps({"profile": dataclasses.asdict(profile), "run": run}))
     environment = os.environ | {PUBLISHER: f"{socket.gethostname()} {os.getpid()}"}
     module = "deftlib.training.one_run"
     process = subprocess.Popen(
-        [*command(profile.launch), "-m", module, str(folder)],
+        [*command(profile.launch, folder), "-m", module, str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -56,27 +58,31 @@ def launched(profile, folder, **run):
             print(line, end="", flush=True)
         code = process.wait()
         reader.join()
-    finally:  # interrupted: they are not to go on without us
+    finally:  # interrupted: they are not to go on without us, nor beside those of the next attempt
         process.terminate()
+        process.wait()
     if code:
-        failed = sorted(folder.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        failed = sorted((folder / OWN).glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
         said = failed[0].read_text() if failed else f"exit code {code}: {''.join(told[-20:]).strip()}"
         raise LaunchError(f"training in {profile.launch.processes} processes failed: {said}")
-    job.unlink()
+    shutil.rmtree(folder / OWN)
 
 
-def command(launch):
-    """What starts the processes of a launch, up to what each is to run."""
+def command(launch, folder):
+    """What starts the processes of a launch into a folder, up to what each is to run."""
     each, left = divmod(launch.processes, launch.nodes)
     if left:
         raise LaunchError(f"launch.processes={launch.processes} cannot be dealt evenly over {launch.nodes} nodes")
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={each}", "--max-restarts=0"]
+    torchrun.append(f"--log-dir={os.devnull}")  # else it leaves an empty folder of logs in the temporary one
     if launch.nodes == 1:
         return [*torchrun, "--standalone"]
     if "SLURM_JOB_ID" not in os.environ:
         raise LaunchError(f"launch.nodes={launch.nodes} needs a Slurm allocation: see profiles/launch")
     srun = ["srun", f"--nodes={launch.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    meet = [f"--rdzv-id={os.environ['SLURM_JOB_ID']}", f"--rdzv-endpoint={socket.gethostname()}:{PORT}"]
+    run = hashlib.sha256(f"{os.environ['SLURM_JOB_ID']} {folder}".encode()).hexdigest()[:10]  # two launches never meet
+    port = PORTS[int(run, 16) % len(PORTS)]
+    meet = [f"--rdzv-id={run}", f"--rdzv-endpoint={socket.gethostname()}:{port}"]
     return [*srun, *torchrun, f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", *meet]
 
 
@@ -130,7 +136,7 @@ def arguments(profile):
 
 def read_job(folder):
     """(profile, arguments of the run) that `launched` left there."""
-    job = json.loads((folder / "job.json").read_text())
+    job = json.loads((folder / OWN / "job.json").read_text())
     beside = {name: job["profile"].pop(name) for name in ("label", "written", "changes")}
     return Profile(**vars(typed.build(Settings, job["profile"])), **beside), job["run"]
 
@@ -146,6 +152,6 @@ def _watch(number):
     while True:
         try:
             os.kill(number, 0)
-        except ProcessLookupError:
+        except OSError:  # it is gone, or its number is by now another user's
             os._exit(1)
         time.sleep(0.5)

@@ -27,6 +27,8 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
     start: folder or hub id. lists, q_diff: paths of a Parquet and an .npz file. omega: a fixed weight, or an `Omega`
     as dict. updates: how many, instead of the recipe's epochs.
     """
+    if profile.launch.processes == 1:
+        shutil.rmtree(folder / launch.OWN, ignore_errors=True)  # of an interrupted run in several processes
     with PeakMemory() as memory:
         more = launch.arguments(profile) | ({} if updates is None else {"max_steps": updates})
         trainer = building.build(folder, launch.share(profile), method, seed, start, Path(lists), Path(q_diff), **more)
@@ -35,6 +37,10 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
             print(f"  an epoch leaves out {len(trainer.train_dataset) - used} prompts that fill no sampling batch")
         trainer.add_callback(Progress(folder, f"{method} seed {seed}"))
         trainer.micro_batches_split = launch.splits(profile)
+        if profile.launch.config == "fsdp2" and profile.launch.processes > 1 and not trainer.is_fsdp_enabled:
+            print(
+                "  without GPUs accelerate knows no FSDP2: each process holds the whole model, as by launch.config=ddp"
+            )
         trainer.omega = _omega(trainer, omega, q_diff, folder)
         fit_or_resume(trainer, folder)
     if not trainer.is_world_process_zero():
@@ -48,7 +54,7 @@ def train_into(folder, profile, method, seed, start, lists, q_diff, omega, updat
     summary |= {"epochs": trainer.args.num_train_epochs, "learning_rate": trainer.args.learning_rate}
     summary |= {"omega": trainer.omega, "omega_reading": omega, "gradient_ratio": ratios}
     if profile.launch.processes > 1:
-        summary["launch"] = vars(profile.launch)
+        summary["launch"] = vars(profile.launch) | {"config": "fsdp2" if trainer.is_fsdp_enabled else "ddp"}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
@@ -82,7 +88,9 @@ def main():
             train_into(folder, profile, **run)
     except Exception as error:
         traceback.print_exc()
-        store.write_atomic(folder / f"failed-{rank}.txt", f"process {rank}: {type(error).__name__}: {error}")
+        store.write_atomic(
+            folder / launch.OWN / f"failed-{rank}.txt", f"process {rank}: {type(error).__name__}: {error}"
+        )
         raise SystemExit(1) from error
 
 

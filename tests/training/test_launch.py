@@ -120,6 +120,16 @@ def test_adapters_batches_by_length_and_a_kept_reference_are_those_of_one_proces
         torch.testing.assert_close(two[name], weight, rtol=0, atol=2e-4)
 
 
+def test_without_gpus_fsdp2_is_said_to_be_ddp_and_nothing_is_left_in_the_temporary_folder(
+    given, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    *_, summary = trained(tmp_path / "run", 2, given, {"launch.config": "fsdp2"}, method="pro", omega=0.0, updates=1)
+    assert summary["launch"] == {"processes": 2, "config": "ddp", "nodes": 1}
+    assert "without GPUs accelerate knows no FSDP2" in capfd.readouterr().out
+    assert not list(tmp_path.glob("torchelastic_*"))
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -187,6 +197,25 @@ def test_the_processes_end_when_the_one_that_publishes_is_killed(given, tmp_path
     assert not ranks(folder)
 
 
+def interrupt_when_saved(folder):
+    while not list((folder / "checkpoints").glob("*/COMPLETE")):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_launch_ends_its_processes_first_and_one_process_may_go_on(given, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    threading.Thread(target=interrupt_when_saved, args=(folder,), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, 2, given)
+    assert not ranks(folder), "the next attempt has the folder to itself"
+    _, weights, _ = trained(folder, 1, given)
+    assert "resuming from checkpoint-" in capsys.readouterr().out
+    assert not (folder / launch.OWN).exists(), "what the processes were told is not published"
+    for name, weight in whole[1].items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-4)
+
+
 def test_the_first_error_of_a_process_is_told_in_one_sentence(given, tmp_path):
     with pytest.raises(LaunchError, match=r"^training in 2 processes failed: process \d: .*nowhere"):
         trained(tmp_path / "run", 2, given | {"start": str(tmp_path / "nowhere")})
@@ -219,16 +248,28 @@ def test_what_cannot_be_dealt_evenly_is_refused_with_the_numbers():
         launch.share(Profile.load("mini", {"launch.processes": 3}))
 
 
-def test_two_machines_are_reached_through_slurm(monkeypatch):
+def test_two_machines_are_reached_through_slurm(monkeypatch, tmp_path):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(LaunchError, match=r"launch\.nodes=2 needs a Slurm allocation"):
-        launch.command(Launch(16, "fsdp2", 2))
+        launch.command(Launch(16, "fsdp2", 2), tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    command = launch.command(Launch(16, "fsdp2", 2))
+    command = launch.command(Launch(16, "fsdp2", 2), tmp_path)
     assert command[:3] == ["srun", "--nodes=2", "--ntasks-per-node=1"]
-    assert {"--nproc-per-node=8", "--nnodes=2", "--rdzv-id=77"} <= set(command)
+    assert {"--nproc-per-node=8", "--nnodes=2"} <= set(command)
     with pytest.raises(LaunchError, match="cannot be dealt evenly over 2 nodes"):
-        launch.command(Launch(3, "ddp", 2))
+        launch.command(Launch(3, "ddp", 2), tmp_path)
+
+
+def meeting(folder):
+    return [word for word in launch.command(Launch(16, "fsdp2", 2), folder) if word.startswith("--rdzv-")]
+
+
+def test_two_launches_on_the_same_machines_do_not_meet(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = meeting(tmp_path / "a")
+    assert run == meeting(tmp_path / "a") and not set(run[1:]) & set(meeting(tmp_path / "b")) - {"--rdzv-backend=c10d"}
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert not set(run) & set(meeting(tmp_path / "a")) - {"--rdzv-backend=c10d"}
 
 
 def test_fsdp_has_checkpointing_of_its_own():
