@@ -30,7 +30,7 @@ def results(profile, calls):
     run that does not fit all the same, or whose worker dies, waits and is tried once more, alone. Raises JobError, from
     the first error and with its run's name, when all others are done.
     """
-    workers = _workers(profile, calls)
+    workers = _workers(profile, calls) if store.unlimited() else None  # a call of a call's own: its worker makes it
     if workers is not None:
         with workers:
             _Schedule(calls, workers).run()
@@ -188,7 +188,8 @@ def places(profile):
 
 def _dealt(many):
     """As many places, over the visible GPUs in turn, with equal threads; OMP_NUM_THREADS says otherwise."""
-    cards, threads = gpus.visible(), int(os.environ.get("OMP_NUM_THREADS", max(1, _cores() // many)))
+    cards, said = gpus.visible(), os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": nested teams
+    threads = int(said) if said.isdigit() and int(said) else max(1, _cores() // many)
     return [Place(cards[i % len(cards)] if cards else None, threads) for i in range(many)]
 
 

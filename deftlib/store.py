@@ -102,6 +102,11 @@ def at_most(count):
         _left = before
 
 
+def unlimited():
+    """Whether this process makes whatever is asked for: it is not inside `at_most`."""
+    return _left == math.inf
+
+
 def _made_here(*publication):
     global _left
     final = publication[0]

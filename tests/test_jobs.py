@@ -156,6 +156,17 @@ def test_a_worker_that_makes_something_else_is_an_error_and_not_asked_again(root
     assert len(list(root.glob("build/p/numbers/own-*"))) == 1
 
 
+def sum_of(numbers):
+    """A call that asks for several itself."""
+    return sum(jobs.results(profile(2), calls(**{f"n{n}": {"number": n} for n in numbers})).values())
+
+
+def test_a_call_may_ask_for_many_itself():
+    found = jobs.results(profile(2), {name: partial(sum_of, range(*name)) for name in ((1, 4), (2, 5))})
+    assert found == {(1, 4): 6, (2, 5): 9}
+    assert len(made()) == 4 and len({process for _, process, _ in made()}) <= 2, "by the two workers there are"
+
+
 def exits():
     sys.exit(3)
 
@@ -309,6 +320,13 @@ def test_auto_is_today_on_a_laptop_and_a_share_of_many_cores(machine):
     machine(cores=16)
     assert jobs.places(profile("auto")) == 4 * [Place(None, 4)]
     assert jobs.places(profile(2)) == 2 * [Place(None, 8)]
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("6,2", 6), ("", 4), ("none", 4), ("0", 4)])
+def test_threads_are_those_that_openmp_is_told(machine, monkeypatch, said, threads):
+    machine(cores=8)
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert jobs.places(profile(2)) == 2 * [Place(None, threads)]
 
 
 def test_workers_are_dealt_over_the_visible_gpus(machine):

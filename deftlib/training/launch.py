@@ -25,7 +25,7 @@ from deftlib.sections import Settings
 PUBLISHER = "DEFT_PUBLISHER"  # host and process of who publishes, told to those it starts
 A_DAY = 24 * 60 * 60  # seconds
 OWN = "launch"  # of a run's folder: what its processes are told, and what they say when they fail
-PORTS = range(20_000, 30_000)  # at one of them the machines of a launch find each other; none that Linux hands out by default
+PORTS = range(20_000, 30_000)  # at one the machines of a launch find each other; Linux hands out others
 
 
 class LaunchError(RuntimeError):
