@@ -28,9 +28,11 @@ class RayWorkers:
         if not self.was_there:
             passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
             self.ray.init(include_dashboard=False, runtime_env={"env_vars": passed}, log_to_driver=True)
+        self.machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        self.cores = min(self.cores, int(max(has.get("CPU", 0) for has in self.machines)))  # more would wait for ever
         has = self.ray.cluster_resources()
         self.gpus, cores = int(has.get("GPU", 0)), int(has["CPU"])
-        self.many = self.many or self.gpus or max(1, cores // self.cores)
+        self.many = self.many or self.gpus or max(1, cores // max(1, self.cores))
         return self
 
     def __exit__(self, *_):
@@ -41,7 +43,7 @@ class RayWorkers:
 
     @property
     def described(self):
-        return f"{self.many} tasks at a time on {len(self.ray.nodes())} machines of a Ray cluster"
+        return f"{self.many} tasks at a time on {len(self.machines)} machines of a Ray cluster"
 
     @property
     def busy(self):

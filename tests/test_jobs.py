@@ -280,6 +280,11 @@ def test_tasks_of_a_ray_cluster_find_what_one_process_finds(cluster):
     assert of("good", 8) == 8 and of("small", 9) == 9
 
 
+def test_auto_asks_no_machine_of_a_cluster_for_more_cores_than_it_has(cluster):
+    assert cluster.cluster_resources()["CPU"] < jobs.CORES_OF_A_WORKER
+    assert jobs.results(profile("auto", cluster="ray"), calls(a={"number": 1})) == {"a": 1}
+
+
 def test_without_ray_a_cluster_is_refused_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     on_ray = profile(2, cluster="ray")
