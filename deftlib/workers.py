@@ -139,8 +139,10 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), name=f"deft worker {number + 1}")
         chosen = {"OMP_NUM_THREADS": str(place.threads)}
-        if place.gpu is not None:  # by the numbers of nvidia-smi
-            chosen |= {"CUDA_VISIBLE_DEVICES": place.gpu, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if place.gpu is not None:
+            if "CUDA_VISIBLE_DEVICES" not in os.environ:  # the numbers are ours: as nvidia-smi counts
+                chosen["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            chosen["CUDA_VISIBLE_DEVICES"] = place.gpu
         with _environment(chosen):  # read while its libraries load, before any code of ours runs there
             self.process.start()
         theirs.close()
