@@ -33,6 +33,7 @@ from pathlib import Path
 
 # Set before any library reads them: nothing is reported to anyone, and forked workers do not deadlock the tokenizer.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message="IProgress not found")  # no bars are shown; plain lines tell the progress
 

@@ -166,8 +166,9 @@ class Generation:
     samples: int = 1  # per prompt
     batch_size: int = 16
     # "continuous": a reply that ends makes room for the next prompt, and no prompt is padded. Greedy alone: samples are
-    # seeded batch by batch. It may round otherwise than "batches".
-    engine: Literal["batches", "continuous"] = "batches"
+    # seeded batch by batch. It may round otherwise than "batches". "vllm": so does vLLM, greedy or sampled, where it is
+    # installed and has a GPU; each policy's start takes it a minute or less: for long replies and large policies.
+    engine: Literal["batches", "continuous", "vllm"] = "batches"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ def base(folder):
     return f"{name}@{revision}" if revision else name, identity
 
 
+def rank(folder):
+    """The largest rank of the adapters in a folder."""
+    config = json.loads((Path(folder) / CONFIG).read_text())
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
 def wrapped(model, lora, seed):
     """The model with new adapters that change nothing yet. lora: the profile's Lora. seed: of their random half.
 

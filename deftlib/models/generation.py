@@ -9,21 +9,21 @@ server, for models too large to load here.
 import re
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from deftlib import credentials, jobs, store
-from deftlib.models import endpoint, policies
+from deftlib import credentials, jobs, provenance, store
+from deftlib.models import endpoint, policies, vllm_engine
 from deftlib.models.loop import with_progress
 from deftlib.models.said import first_turn, reply_in
 from deftlib.models.wheels import ModelError
-from deftlib.provenance import made_by
 from deftlib.sections import Endpoint
 
-AT_ONCE = 1024  # prompts that continuous batching is given at a time; their replies are kept when all are there
+AT_ONCE = 1024  # prompts that continuous batching or vLLM gets at a time; their replies are kept when all are there
 PAGE = 256  # tokens of a page of its cache
 
 
@@ -39,7 +39,8 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
         return [[first_turn(reply) for reply in samples] for samples in said]
     spoken = {"policy": policies.identity(policy), "dtype": profile.policy.dtype, "text": vars(text), "seed": seed}
     questions = numbered(prompts)
-    spoken |= {"settings": vars(settings), **made_by("models.generation")}
+    spoken |= {"settings": vars(settings), **provenance.made_by("models.generation")}
+    spoken |= {"vllm": provenance.version("vllm")} if settings.engine == "vllm" else {}
     spoken["asked"] = questions  # all of them: who shares a batch with whom decides what is sampled
     name = f"replies-{name_of(policy)}-{store.content_key(spoken)}.jsonl"
     kept = store.Kept(store.build_dir(profile.name) / "kept" / name)
@@ -51,8 +52,14 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
 
 def _say(profile, policy, prompts, text, settings, seed, label, path, share, of):
     """Add one share of the replies to the file of those that are kept."""
-    model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
-    generate(model, tokenizer, prompts, text, settings, seed, label, store.Kept(path), slice(share, None, of))
+    tokenizer, dtype = policies.load_tokenizer(policy), profile.policy.dtype
+    if settings.engine == "vllm":
+        longest = text.prompt_tokens + settings.max_new_tokens
+        loaded = vllm_engine.Engine(policy, dtype, longest, 1 if profile.jobs == 1 else 1 / jobs.MOST_ON_A_GPU)
+    else:
+        loaded = nullcontext(policies.load_policy(policy, dtype))
+    with loaded as model:
+        generate(model, tokenizer, prompts, text, settings, seed, label, store.Kept(path), slice(share, None, of))
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
     continuous = settings.engine == "continuous"
     if continuous and settings.temperature > 0:
         raise ModelError("generation.engine=continuous is greedy: set generation.temperature=0, or engine=batches")
-    size = AT_ONCE if continuous else max(1, settings.batch_size // settings.samples)
+    size = AT_ONCE if settings.engine != "batches" else max(1, settings.batch_size // settings.samples)
     batches = [order[i : i + size] for i in range(0, len(order), size)][batches_of]
     options = {"max_new_tokens": settings.max_new_tokens, "num_return_sequences": settings.samples}
     stops = ends(model, tokenizer)
@@ -88,9 +95,12 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
                 said[i] = kept[questions[i]]["replies"]
             continue
         start = time.perf_counter()
-        torch.manual_seed(int(store.content_key([seed, asked])[:15], 16))
-        say = _say_continuously if continuous else _say_batch
-        output = say(model, tokenizer, [ids[i] for i in batch], options)
+        torch.manual_seed(_number_of(seed, asked))
+        if settings.engine == "vllm":
+            output = model.say([ids[i] for i in batch], options, [_number_of(seed, question) for question in asked])
+        else:
+            say = _say_continuously if continuous else _say_batch
+            output = say(model, tokenizer, [ids[i] for i in batch], options)
         up_to_the_end = [list(takewhile(lambda i: i not in stops, said_ids)) for said_ids in output]
         decoded = [reply_in(text) for text in tokenizer.batch_decode(up_to_the_end, skip_special_tokens=True)]
         seconds = (time.perf_counter() - start) / len(batch)
@@ -100,6 +110,11 @@ def generate(model, tokenizer, prompts, text, settings, seed=0, label="generatin
                 kept.add(questions[i], {"replies": said[i], "seconds": round(seconds, 4)})
             said[i] = kept[questions[i]]["replies"] if kept is not None else said[i]
     return said
+
+
+def _number_of(seed, asked):
+    """A seed of its own for what is asked."""
+    return int(store.content_key([seed, asked])[:15], 16)
 
 
 def _say_batch(model, tokenizer, ids, options):

@@ -54,11 +54,16 @@ def load_policy(path, dtype="float32", adapters_apart=False, place=None):
     if not adapters.is_adapter(path):
         model = AutoModelForCausalLM.from_pretrained(**origin(path), dtype=getattr(torch, dtype))
         return model.to(place or device()).eval()
-    below, was = adapters.base(path)
-    if was and identity(below) != was:
-        raise ModelError(f"{path} changes the weights of {below}, which is no longer what it was: train it again")
-    model = adapters.put_on(load_policy(below, dtype, place=place), path, trainable=adapters_apart)
+    model = adapters.put_on(load_policy(below(path), dtype, place=place), path, trainable=adapters_apart)
     return (model if adapters_apart or dtype != "float32" else adapters.merged(model)).eval()
+
+
+def below(path):
+    """Folder or hub id of the model that LoRA weights in a folder change. Raises ModelError if it is another by now."""
+    base, was = adapters.base(path)
+    if was and identity(base) != was:
+        raise ModelError(f"{path} changes the weights of {base}, which is no longer what it was: train it again")
+    return base
 
 
 def load_tokenizer(path):
