@@ -26,7 +26,8 @@ BROUGHT = {  # by a package that is declared: of one family with it, in step by 
     "nbclient": "papermill",
 }
 EXTRA_OF_ROOM = {"evaluation": ["evaluation"], "studies": ["evaluation", "reporting"], "reporting": ["reporting"]}
-LAZY = {"openai": "endpoint", "peft": "lora", "datatrove": "datatrove"}  # imported with a sentence where it is missing
+# Imported with a sentence where it is missing.
+LAZY = {"openai": "endpoint", "peft": "lora", "vllm": "vllm", "datatrove": "datatrove"}
 
 
 def listed(module):

@@ -53,9 +53,10 @@ def test_no_module_runs_what_it_reads(module):
 
 def test_telemetry_is_off_before_any_library_is_imported():
     code = "import deftlib, os, sys; print(os.environ['HF_HUB_DISABLE_TELEMETRY'], 'huggingface_hub' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    code += "; print(os.environ['VLLM_NO_USAGE_STATS'], 'vllm' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "VLLM_"))}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert said.stdout.split() == ["1", "False"]
+    assert said.stdout.split() == 2 * ["1", "False"]
 
 
 class Bomb:

@@ -8,6 +8,7 @@ Written for vLLM 0.33, run with 0.32 on a CPU. It pins releases of torch and tra
 
 import importlib.util
 import os
+import re
 from typing import get_args
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig
 from deftlib.models import adapters, policies
 from deftlib.models.wheels import ModelError
 
+TOO_LITTLE = re.compile("free memory|available (KV cache )?memory", re.I)  # what it says where memory does not suffice
 LEFT = 0.9  # of a GPU's free memory, for weights and cache: the rest is room for what is not counted (our choice)
 
 
@@ -30,39 +32,33 @@ class Engine:
 
     def __init__(self, policy, dtype, longest, share=1.0):
         vllm = _vllm()
-        below, more, self._lora = policy, {}, None
+        below, more, self._lora, self._llm = policy, {}, None, None
         if adapters.is_adapter(policy):
             below, rank = policies.below(policy), adapters.rank(policy)
             self._lora = vllm.lora.request.LoRARequest("policy", 1, str(policy))
             ranks = get_args(vllm.config.lora.MaxLoRARanks)  # those that its kernels are compiled for
             more = {"enable_lora": True, "max_lora_rank": next((most for most in ranks if most >= rank), rank)}
         origin = policies.origin(below)
-        self.config = AutoConfig.from_pretrained(**origin)
-        place = origin.pop("pretrained_model_name_or_path")
         try:
-            self.generation_config = GenerationConfig.from_pretrained(place, **origin)
-        except OSError:  # has none
-            self.generation_config = GenerationConfig.from_model_config(self.config)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            more["gpu_memory_utilization"] = LEFT * min(share, free / total)
-        try:
+            self.config = AutoConfig.from_pretrained(**origin)
+            place = origin.pop("pretrained_model_name_or_path")
+            self.generation_config = _generation_config(place, origin, self.config)
             self._llm = vllm.LLM(
                 place,
                 skip_tokenizer_init=True,
                 use_tqdm_on_load=False,
                 dtype=dtype,
                 max_model_len=longest,
-                enable_chunked_prefill=False,  # a prompt in two steps would shift its seeded samples
                 **origin,
                 **more,
+                **_memory(share),
             )
             if self._lora is not None:
                 self._llm.llm_engine.add_lora(self._lora)
         except ValueError as error:
+            self.__exit__()
             said = f"vLLM does not take {policy}: {' '.join(str(error).split())}"
-            raise (torch.OutOfMemoryError if "memory" in said else ModelError)(said) from error
+            raise (torch.OutOfMemoryError if TOO_LITTLE.search(said) else ModelError)(said[:400]) from error
 
     def __enter__(self):
         return self
@@ -70,14 +66,15 @@ class Engine:
     def __exit__(self, *_):
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        self._llm.llm_engine.engine_core.shutdown()
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         cleanup_dist_env_and_memory()
 
     def say(self, ids, options, seeds):
         """Token ids after each prompt, its samples in turn. options: as transformers names them.
 
-        seeds: one a prompt; what is sampled for it depends on no other.
+        seeds: one a prompt; what is sampled for it depends on no other prompt, but for rounding.
         """
         import vllm
 
@@ -98,6 +95,23 @@ class Engine:
         return [list(sample.token_ids) for request in said for sample in request.outputs]
 
 
+def _generation_config(place, revision, config):
+    """The policy's own, with the tokens that end a reply."""
+    try:
+        return GenerationConfig.from_pretrained(place, **revision)
+    except OSError:  # it has none
+        return GenerationConfig.from_model_config(config)
+
+
+def _memory(share):
+    """What vLLM may take of the GPU's memory; a build for CPUs asks its environment."""
+    if not torch.cuda.is_available():
+        return {"enable_chunked_prefill": False}  # a prompt in two steps: it cannot set a CPU's generator back
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": LEFT * min(share, free / total)}
+
+
 def _vllm():
     """The package, told to work in this process: there it schedules alike each time, whichever prompt comes first."""
     if importlib.util.find_spec("vllm") is None:
@@ -109,5 +123,5 @@ def _vllm():
     import vllm.platforms
 
     if vllm.platforms.current_platform.is_unspecified():
-        raise ModelError("generation.engine=vllm needs a GPU, and vLLM sees none: set generation.engine=continuous")
+        raise ModelError("generation.engine=vllm needs a GPU, and vLLM sees none: set generation.engine=batches")
     return vllm
