@@ -61,6 +61,7 @@ def answers(profile, bench, policy, seed=0):
     key = {"policy": generation.identity(policy), "seed": seed, "questions": bench.questions}
     key |= {"dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
     key["batch_size"] = profile.generation.batch_size  # a batch is seeded by what is in it
+    key["engine"] = profile.generation.engine
 
     def produce(folder):
         if text.prompt_tokens < profile.mt_bench.prompt_tokens:

@@ -1,5 +1,6 @@
 """MT-Bench: FastChat's prompts, parsing and averages; a judge that fails in every way; scores worked out by hand."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -107,6 +108,9 @@ def test_answers_are_published_in_fastchats_format_and_generated_once(policy, pr
     pd.testing.assert_frame_equal(mt_bench.answers(profile, BENCH, policy), said)
     with pytest.raises(pytest.fail.Exception, match="generated"):
         mt_bench.answers(profile, BENCH, policy, seed=1)
+    by_vllm = dataclasses.replace(profile, generation=dataclasses.replace(profile.generation, engine="vllm"))
+    with pytest.raises(pytest.fail.Exception, match="generated"):
+        mt_bench.answers(by_vllm, BENCH, policy)
 
 
 def test_an_answer_that_fills_the_limit_is_cut(policy):
