@@ -1,7 +1,6 @@
 """What runs a model: policies, reward models, replies, other people's servers.
 
     generation     what a policy says to a prompt, in process or behind an endpoint
-    vllm_engine    what vLLM says, where it is installed and has a GPU
     endpoint       ask any OpenAI-compatible server: judges, refiners, zero-shot rows; answers kept as they come
     chat           one answer from any server that calls itself OpenAI-compatible, whatever it refuses
     rewards        reward models r_train and r_eval: load, train, score

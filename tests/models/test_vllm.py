@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from deftlib import provenance, store
 from deftlib.models import adapters, generation, policies
-from deftlib.models.generation import generate
-from deftlib.models.vllm_engine import Engine
+from deftlib.models.generation import VllmEngine, generate
 from deftlib.profile import Profile
 from deftlib.sections import Generation, Lora, Text
 
@@ -175,7 +174,7 @@ def _saved(model, tokenizer, folder):
 
 
 def test_its_greedy_text_is_that_of_batches_and_of_continuous_batching_in_the_order_asked(talker, tokenizer, folder):
-    with Engine(folder, "float32", LONGEST) as model:
+    with VllmEngine(folder, "float32", LONGEST) as model:
         said = generate(model, tokenizer, PROMPTS, TEXT, GREEDY)
     assert said == generate(talker, tokenizer, PROMPTS, TEXT, BATCHES)
     assert said == generate(talker, tokenizer, PROMPTS, TEXT, dataclasses.replace(GREEDY, engine="continuous"))
@@ -187,7 +186,7 @@ def test_it_is_given_the_ids_of_each_prompt_cut_as_elsewhere(tokenizer, folder, 
     given, real = [], vllm.LLM.generate
     spy = lambda self, prompts, *args, **kwargs: given.extend(prompts) or real(self, prompts, *args, **kwargs)
     monkeypatch.setattr(vllm.LLM, "generate", spy)
-    with Engine(folder, "float32", LONGEST) as model:
+    with VllmEngine(folder, "float32", LONGEST) as model:
         generate(model, tokenizer, PROMPTS, TEXT, GREEDY)
     ids = policies.encode_prompts(tokenizer, PROMPTS, TEXT)
     assert max(map(len, ids)) == TEXT.prompt_tokens < len(PROMPTS[4].split())
@@ -199,13 +198,13 @@ def test_a_reply_ends_at_any_end_that_the_policy_knows(talker, tokenizer, folder
     end = next(word for said in whole for word in said if said[0] != word)
     talker.generation_config.eos_token_id = [EOS, tokenizer.convert_tokens_to_ids(end)]
     talker.save_pretrained(folder)
-    with Engine(folder, "float32", LONGEST) as model:
+    with VllmEngine(folder, "float32", LONGEST) as model:
         cut = [reply.split() for (reply,) in generate(model, tokenizer, PROMPTS, TEXT, GREEDY)]
     assert cut == [said[: said.index(end)] if end in said else said for said in whole] != whole
 
 
 def test_a_seed_repeats_the_samples_of_a_prompt_whatever_is_asked_beside_it(tokenizer, folder):
-    with Engine(folder, "float32", LONGEST) as model:
+    with VllmEngine(folder, "float32", LONGEST) as model:
         say = lambda prompts, seed=0, **how: generate(
             model, tokenizer, prompts, TEXT, dataclasses.replace(SAMPLED, **how), seed
         )
@@ -234,19 +233,19 @@ def _adapter(folder, tokenizer, name, **settings):
 
 def test_lora_weights_speak_as_they_do_elsewhere(talker, tokenizer, folder):
     place = _adapter(folder, tokenizer, "lora-seed0")
-    with Engine(place, "float32", LONGEST) as model:
+    with VllmEngine(place, "float32", LONGEST) as model:
         said = generate(model, tokenizer, PROMPTS, TEXT, GREEDY)
     assert said == generate(policies.load_policy(place), tokenizer, PROMPTS, TEXT, BATCHES)
     assert said != generate(talker, tokenizer, PROMPTS, TEXT, BATCHES)
     (folder / "config.json").touch()
     with pytest.raises(policies.ModelError, match="no longer what it was: train it again"):
-        Engine(place, "float32", LONGEST)
+        VllmEngine(place, "float32", LONGEST)
 
 
 def test_lora_weights_that_it_cannot_take_are_refused_in_one_sentence_and_nothing_is_held(tokenizer, folder, vllm):
     place = _adapter(folder, tokenizer, "head-seed0", modules_to_save=["lm_head"])
     with pytest.raises(policies.ModelError, match=r"^vLLM does not take .*head-seed0: .*modules_to_save.*lm_head"):
-        Engine(place, "float32", LONGEST)
+        VllmEngine(place, "float32", LONGEST)
     gc.collect()
     assert not any(isinstance(held, vllm.LLM) for held in gc.get_objects())
 
@@ -265,7 +264,7 @@ def test_replies_are_kept_by_engine_and_release_and_a_killed_run_goes_on(tokeniz
     file.write_text("".join(lines[:4]))
     assert generation.replies(profile, folder, PROMPTS) == whole
     with monkeypatch.context() as without:
-        without.setattr(generation.vllm_engine, "Engine", lambda *args: pytest.fail("started"))
+        without.setattr(generation, "VllmEngine", lambda *args: pytest.fail("started"))
         assert generation.replies(profile, folder, PROMPTS) == whole
         monkeypatch.setattr(provenance, "version", lambda package: "another")
         with pytest.raises(pytest.fail.Exception, match="started"):
@@ -273,7 +272,7 @@ def test_replies_are_kept_by_engine_and_release_and_a_killed_run_goes_on(tokeniz
 
 
 def test_its_memory_is_given_back(tokenizer, folder):
-    with Engine(folder, "float32", LONGEST) as model:
+    with VllmEngine(folder, "float32", LONGEST) as model:
         llm = weakref.ref(model._llm)
         generate(model, tokenizer, PROMPTS, TEXT, GREEDY)
     assert llm() is None and not torch.distributed.is_initialized()
@@ -285,25 +284,25 @@ def test_it_takes_its_share_of_the_gpu_or_of_what_is_free(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for free, share, taken in [(80, 1, 0.9), (40, 1, 0.45), (80, 0.25, 0.225), (8, 0.25, 0.09)]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 80))
-        with Engine(folder, "float32", LONGEST, share):
+        with VllmEngine(folder, "float32", LONGEST, share):
             assert LLM.share == pytest.approx(taken)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0.1, 80))
     with pytest.raises(torch.OutOfMemoryError, match="Free memory"):  # which `jobs` tries once more, alone
-        Engine(folder, "float32", LONGEST)
+        VllmEngine(folder, "float32", LONGEST)
 
 
 def test_a_policy_of_too_few_positions_is_refused_in_one_sentence(folder):
     with pytest.raises(
         policies.ModelError, match=r"^vLLM does not take .*sft-seed0-.*max_model_len \(129\) is greater"
     ):
-        Engine(folder, "float32", 129)
+        VllmEngine(folder, "float32", 129)
 
 
 @stand_in_alone
 def test_without_it_or_without_its_gpu_one_sentence_says_so(folder, monkeypatch):
     monkeypatch.setattr(LLM.platform, "is_unspecified", lambda: True)
     with pytest.raises(policies.ModelError, match="needs a GPU, and vLLM sees none"):
-        Engine(folder, "float32", LONGEST)
+        VllmEngine(folder, "float32", LONGEST)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     profile = Profile.load("mini", {"generation": {"engine": "vllm"}})
     with pytest.raises(policies.ModelError, match=r"not installed: pip install 'deftlib\[vllm\]'"):
