@@ -2,7 +2,7 @@
 
     replies(profile, policy, prompts)          # [[reply, ...], ...]; a killed run goes on where it stopped
 
-A policy is a folder or hub id, loaded in process by transformers, or a profile `Endpoint`: any OpenAI-compatible
+A policy is a folder or hub id, loaded here by transformers or vLLM, or a profile `Endpoint`: any OpenAI-compatible
 server, for models too large to load here.
 """
 
@@ -28,7 +28,7 @@ from deftlib.sections import Endpoint
 
 AT_ONCE = 1024  # prompts that continuous batching or vLLM gets at a time; their replies are kept when all are there
 PAGE = 256  # tokens of a page of its cache
-TOO_LITTLE = re.compile("free memory|available (KV cache )?memory", re.I)  # what it says where memory does not suffice
+TOO_LITTLE = re.compile("free memory|available (KV cache )?memory", re.I)  # what vLLM says where it is
 LEFT = 0.9  # of a GPU's free memory, for weights and cache: the rest is room for what is not counted (our choice)
 
 
@@ -255,7 +255,7 @@ def _vllm():
     return vllm
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- ends and names ------------------------------------------------------------------------------------------------
 
 
 def ends(model, tokenizer):
