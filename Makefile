@@ -17,30 +17,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUT := build/$(PROFILE)/notebooks
-NAMES := 00_walkthrough 01_grading 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
+OLD := $(OUT)/.old
+NAMES := 01_grading 00_walkthrough 03_training 07_methods 06_ablation 04_evaluation 05_mt_bench 02_distribution
 
 .PHONY: paper plan test fuzz kills audit report lab notebooks data statistics bench clean help
 .DELETE_ON_ERROR:
 
-# Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each, once
-# 01 has made what all of them need; what two need, one makes while the other waits. NAMES is the order, longest first.
-# JOBS=1 runs them one by one on all threads, as those of other profiles; so do several goals, as in `make clean paper`.
-JOBS ?= 2
-ifneq ($(and $(filter mini,$(PROFILE)),$(filter-out 1,$(JOBS)),$(filter 0 1,$(words $(MAKECMDGOALS)))),)
-MAKEFLAGS += -j$(JOBS)
-TOGETHER := $(filter-out $(OUT)/00% $(OUT)/01%,$(NAMES:%=$(OUT)/%.ipynb))
-$(OUT)/01_grading.ipynb: | $(OUT)/00_walkthrough.ipynb
-$(TOGETHER): | $(OUT)/01_grading.ipynb
-else
 .NOTPARALLEL:
-endif
+
+# Models as small as mini's gain little from a second thread, so its notebooks run two at a time, on one thread each; what
+# two need, one makes while the other waits. JOBS=1 runs them one by one on all threads, as those of other profiles.
+JOBS ?= $(if $(filter mini,$(PROFILE)),2,1)
 
 # Profiles that take hours and money say first what they will do, and stop there if a training cannot fit.
 PLAN := $(if $(filter gpu paper,$(PROFILE)),build/$(PROFILE)/plan.txt)
 $(NAMES:%=$(OUT)/%.ipynb): | $(PLAN)
 
+# The notebooks that are older than what they rest on run together, in one command.
 paper: notebooks/profiles/$(PROFILE).yaml $(NAMES:%=$(OUT)/%.ipynb)
-	@echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"
+	@if [ -s $(OLD) ]; then $(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1) $(BIN)/deft run \
+		$$(cat $(OLD)) --profile $(PROFILE) --at-once $(JOBS); else echo "figures/$(PROFILE)/ and $(OUT)/ are up to date"; fi
 
 # The rooms whose code each notebook runs; tests/test_house.py holds this against the imports.
 rooms = $(wildcard $(patsubst %,deftlib/%/*.py,$(1)))
@@ -56,8 +52,11 @@ $(OUT)/07_methods.ipynb: $(wildcard figures/smol/table_first_updates.csv)
 # that is installed makes its folder newer.
 $(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml notebooks/profiles/paper.yaml \
 		$(wildcard data/*.* data/mini/* data/mini/*/*) $(wildcard deftlib/*.py) $(READY) $(wildcard $(VENV)/lib/python*/site-packages)
-	@echo "== $* ($(PROFILE))"
-	@$(if $(filter $@,$(TOGETHER)),OMP_NUM_THREADS=1) $(BIN)/deft run $< --profile $(PROFILE)
+	@echo $< >> $(OLD)
+$(NAMES:%=$(OUT)/%.ipynb): | forget
+.PHONY: forget
+forget:
+	@mkdir -p $(OUT) && : > $(OLD)
 
 build/%/plan.txt: notebooks/profiles/%.yaml $(READY)
 	@mkdir -p $(@D)
@@ -112,11 +111,16 @@ help:
 notebooks/profiles/%.yaml:
 	@echo "error: no profile $*: mini, smol, gpu or paper"; exit 1
 
+# torch comes by pip, whose settings may name another build of it, and the rest by uv in a fifth of pip's time; by pip
+# where uv, which reads none of those settings, finds no packages.
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+BY_UV = $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt
+
 # Two that start at once: the first sets up, the other waits and finds it done. A shell holds the lock as its file 9.
 $(READY): pyproject.toml constraints.txt | build
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
 		sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, found {v}: make PYTHON=python3.13 paper")'
 	@exec 9> build/.set-up.lock && $(PYTHON) -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'; \
 	[ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ] && exit 0; \
-	echo "setting up $(VENV) (once; a few minutes)" && $(PYTHON) -m venv $(VENV) && \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]' && touch $@
+	echo "setting up $(VENV) (once; a minute or two)" && $(PYTHON) -m venv $(VENV) && $(INSTALL) uv torch && \
+		{ $(BY_UV) -e '.[all]' || { echo "by pip, then"; $(INSTALL) -e '.[all]'; }; } && touch $@

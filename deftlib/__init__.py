@@ -5,6 +5,9 @@ section numbers are the paper's. Its rooms, from the top of the house to the gro
 down this list only, and down the list of files that each room opens with:
 
     __main__       the command `deft`: run, check, train and the others
+    run            notebooks, executed headless, several at a time
+    kernels        their processes, forked from one that has imported what they import
+    progress       how far they are, and the time to go
     studies        questions that take many runs: ablations, all methods side by side
     evaluation     how good replies are: scores, judges, people
     training       from preference lists to an aligned policy, by any method
@@ -12,7 +15,6 @@ down this list only, and down the list of files that each room opens with:
     reporting      tables, figures, verdicts, pages
     preferences    ranked lists: read, check, reject, split; the mini world
     method         the paper's equations alone, with torch and numpy and nothing else
-    run            one notebook, executed headless
     jobs           many runs at once: which is next, and who works
     ray_workers    workers of a Ray cluster
     workers        worker processes of this machine, over its GPUs and cores; one function on many pieces

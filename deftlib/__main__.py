@@ -13,7 +13,7 @@ COMMANDS = {  # name: (module, what it does, the extra that brings what it impor
     "check": ("training.check", "tell what is understood of preference data of your own", ""),
     "train": ("training.train", "train one policy by any method", ""),
     "plan": ("studies.plan", "tell what a profile will do: stages, GPU time, disk", "reporting"),
-    "run": ("run", "execute one notebook headless with a profile", "notebooks"),
+    "run": ("run", "execute notebooks headless with a profile", "notebooks"),
     "site": ("reporting.site", "turn what was executed into static pages", "reporting"),
     "extend": ("training.extend", "give every list one more reply", ""),
     "refine": ("evaluation.refine", "let a stronger model rewrite the references", "evaluation"),

@@ -1,23 +1,31 @@
-"""Execute one notebook headless and publish the executed copy: `deft run notebooks/01_grading.ipynb`.
+"""Execute notebooks headless and publish the executed copies: `deft run notebooks/01_grading.ipynb`.
 
-The copy appears in `build/<profile>/notebooks/` (after overrides in a folder of its own there) only when every cell has
+A copy appears in `build/<profile>/notebooks/` (after overrides in a folder of its own there) only when every cell has
 run; a failed run leaves `*.failed.ipynb` beside it, and exit code 1. What a cell prints is shown as it runs, behind the
-notebook's number.
+notebook's number. Several notebooks run `--at-once N`: what two need, one makes while the other waits.
 """
 
 import argparse
 import logging
 import os
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import chdir
 from pathlib import Path
 
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from deftlib import kernels
 from deftlib.command import one_sentence
 from deftlib.profile import Profile, ProfileError, add_options
+from deftlib.progress import Clock, Progress
 from deftlib.store import ROOT, alone, build_dir, explained
+
+
+class NotebookError(RuntimeError):
+    """A cell failed, or the process of its notebook died."""
 
 
 def execute(notebook, profile):
@@ -60,32 +68,99 @@ def _started(execute, *notebook, **options):
             print("  the notebook's process did not start: once more", flush=True)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Execute a notebook headless with a profile.")
-    parser.add_argument("notebook", type=Path)
-    add_options(parser)
-    args = parser.parse_args(arguments)
-    _show_cell_output(args.notebook.stem.partition("_")[0])
-    start = time.perf_counter()
+def execute_all(notebooks, profile, at_once=1):
+    """Run several notebooks, `at_once` at a time, in the order given. Returns the `Progress` that was made.
+
+    Raises NotebookError by the first that fails, when those that were running are done; no other is started then.
+    """
+    progress = Progress.of(profile.label, min(at_once, len(notebooks)), list(map(_number, notebooks)))
+    _show_cell_output(progress)
+    if len(notebooks) == 1:  # it gains nothing from a process that has imported everything
+        _run(notebooks[0], profile, progress)
+        return progress
+    failed = threading.Event()
+
+    def run(notebook):
+        if failed.is_set():
+            return
+        try:
+            _run(notebook, profile, progress)
+        except BaseException:
+            failed.set()
+            raise
+
+    notebooks = [notebook.resolve() for notebook in notebooks]
+    # papermill changes the folder of this whole process, whose threads are to find each other where they want to be.
+    with kernels.warm(), chdir(ROOT / "notebooks"), ThreadPoolExecutor(at_once) as pool:
+        of_each = [pool.submit(run, notebook) for notebook in notebooks]
+        try:
+            for done in as_completed(of_each):
+                done.result()
+        except KeyboardInterrupt:
+            failed.set()
+            kernels.kill_all()  # else their threads would wait for them
+            raise
+    return progress
+
+
+def _run(notebook, profile, progress):
+    _of_thread.number, clock = _number(notebook), Clock()
     try:
-        with one_sentence():
-            if not args.notebook.is_file():
-                raise ProfileError(f"no notebook {args.notebook}")
-            target = execute(args.notebook, Profile.from_options(args))
+        target = execute(notebook, profile)
     except PapermillExecutionError as error:
-        raise SystemExit(
-            f"error: {error.ename}: {error.evalue}\n(cell {error.exec_count} of *.failed.ipynb)"
+        raise NotebookError(
+            f"{error.ename}: {error.evalue} (cell {error.exec_count} of {notebook.stem}.failed.ipynb)"
         ) from error
     except DeadKernelError as error:
-        raise SystemExit(
-            "error: the notebook's process died, perhaps for want of memory; results so far stand"
+        raise NotebookError(
+            f"the process of {notebook.name} died, perhaps for want of memory; results so far stand"
         ) from error
-    print(f"{target.relative_to(ROOT)} in {time.perf_counter() - start:.0f} s", flush=True)
+    progress.finished(_of_thread.number, clock.seconds)
+    print(f"{os.path.relpath(target, ROOT)} in {clock.seconds:.0f} s", flush=True)
 
 
-def _show_cell_output(label):
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Execute notebooks headless with a profile.")
+    parser.add_argument("notebooks", type=Path, nargs="+", metavar="notebook")
+    parser.add_argument("--at-once", type=int, default=1, help="how many notebooks at a time (1)")
+    add_options(parser)
+    args, clock = parser.parse_args(arguments), Clock()
+    with one_sentence():
+        for notebook in args.notebooks:
+            if not notebook.is_file():
+                raise ProfileError(f"no notebook {notebook}")
+        profile = Profile.from_options(args)
+        progress = execute_all(args.notebooks, profile, args.at_once)
+        if len(args.notebooks) > 1:
+            _tell(profile, progress, clock)
+
+
+def _tell(profile, progress, clock):
+    """What several notebooks made, where to look, what was found, how long it took."""
+    from deftlib.reporting.summary import summary  # it imports much
+
+    progress.keep(profile.name)
+    print(f"\n{summary(profile)}\ntook   {clock} ({len(progress.made)} stages)", flush=True)
+
+
+# ---- what cells print --------------------------------------------------------------------------------------------
+
+
+class _OfThread(threading.local):
+    number = ""  # of the notebook that this thread runs
+
+
+_of_thread = _OfThread()
+
+
+def _number(notebook):
+    """ "03" of 03_training.ipynb."""
+    return notebook.stem.partition("_")[0]
+
+
+def _show_cell_output(progress):
     """papermill logs what cells print; its own lines about each cell are left out."""
-    handler = _Lines(label)
+    handler = _Lines(progress)
     handler.addFilter(lambda record: record.funcName == "log_output_message")
     logger = logging.getLogger("papermill")
     logger.handlers, logger.propagate = [handler], False
@@ -93,19 +168,22 @@ def _show_cell_output(label):
 
 
 class _Lines(logging.Handler):
-    """Prints whole lines behind a label: two notebooks may run at a time."""
+    """Prints whole lines behind the number of the notebook whose thread logs them."""
 
-    def __init__(self, label):
+    def __init__(self, progress):
         super().__init__()
-        self.label, self.rest = label, ""
+        self.progress, self.rest = progress, {}
 
     def emit(self, record):
-        *lines, self.rest = (self.rest + record.getMessage()).split("\n")
-        print(*(f"{self.label}  {line}\n" for line in lines), sep="", end="", flush=True)
+        number = _of_thread.number
+        *lines, self.rest[number] = (self.rest.get(number, "") + record.getMessage()).split("\n")
+        said = (f"{number}  {self.progress.line(number, line)}\n" for line in lines)
+        print(*said, sep="", end="", flush=True)
 
     def close(self):  # `logging` calls it at the end of the program
-        if self.rest:
-            print(f"{self.label}  {self.rest}", flush=True)
+        for number, rest in self.rest.items():
+            if rest:
+                print(f"{number}  {rest}", flush=True)
         super().close()
 
 

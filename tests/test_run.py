@@ -1,6 +1,8 @@
 """A notebook is published when every cell has run; a failure leaves the earlier copy, one line and exit code 1."""
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -75,9 +77,9 @@ def test_a_mistyped_command_gets_one_sentence_and_exit_code_1(arguments, sentenc
 
 
 def test_what_cells_print_comes_in_whole_lines_behind_the_number_of_the_notebook(notebook, capsys):
-    run._show_cell_output("07")
-    run.execute(notebook("print('a', end=''); print('b'); print('c\\nd')"), Profile.load("mini"))
-    assert capsys.readouterr().out.splitlines()[-3:] == ["07  ab", "07  c", "07  d"]
+    path = notebook("print('a', end=''); print('b'); print('c\\nd')")
+    run.execute_all([path.rename(path.with_name("07_demo.ipynb"))], Profile.load("mini"))
+    assert capsys.readouterr().out.splitlines()[-4:-1] == ["07  ab", "07  c", "07  d"]
 
 
 def test_two_that_run_the_same_notebook_do_so_one_after_the_other(notebook, tmp_path, capfd):
@@ -120,3 +122,76 @@ def test_any_other_error_of_a_notebook_is_told_at_once():
     with pytest.raises(RuntimeError, match="something else"):
         run._started(execute, "demo.ipynb")
     assert len(started) == 1
+
+
+# ---- several -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(notebook, tmp_path):
+    """Writes notebooks 01, 02, … with a cell each."""
+
+    def write(*sources):
+        return [notebook(source).rename(tmp_path / f"{i:02d}_demo.ipynb") for i, source in enumerate(sources, 1)]
+
+    return write
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`deft run` of some notebooks, two at a time, in a project folder of its own."""
+    root = tmp_path / "project"
+    root.mkdir()
+    for name in ("data", "notebooks"):
+        (root / name).symlink_to(store.ROOT / name)
+
+    def start(paths, **environment):
+        return subprocess.Popen(
+            [sys.executable, "-m", "deftlib", "run", *map(str, paths), "--at-once", "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"DEFT_ROOT": str(root)} | environment,
+        )
+
+    return start
+
+
+WHO = "import os, sys\nprint(os.getppid(), 'deftlib.training.train' in sys.modules, os.environ['SAID'], os.getcwd())"
+FIGURE = "import matplotlib.pyplot as plt\nplt.plot([1])"
+
+
+def test_several_notebooks_run_in_processes_of_their_own_forked_from_one(several, command, tmp_path):
+    out, error = command(several(WHO, WHO, FIGURE), SAID="yes").communicate(timeout=120)
+    assert error == ""
+    said = {line.split("  ")[0]: line.split("  ")[1].split() for line in out.splitlines() if "  " in line}
+    assert said["01"] == said["02"]
+    assert said["01"][1:] == ["True", "yes", str(tmp_path / "project" / "notebooks")]
+    drawn = (tmp_path / "project/build/mini/notebooks/03_demo.ipynb").read_text()
+    assert "image/png" in drawn, "figures are drawn inline"
+    assert "took   0:" in out
+
+
+def test_after_a_failure_no_other_notebook_is_started_and_those_that_ran_end(several, tmp_path):
+    with pytest.raises(run.NotebookError, match=r"^ValueError: seven \(cell 3 of 01_demo\.failed\.ipynb\)$"):
+        run.execute_all(
+            several("raise ValueError('seven')", "import time\ntime.sleep(3)", "print(1)"), Profile.load("mini"), 2
+        )
+    made = {path.name for path in (tmp_path / "build/mini/notebooks").glob("*.ipynb")}
+    assert made == {"01_demo.failed.ipynb", "02_demo.ipynb"}
+
+
+def test_a_dead_process_is_said_with_its_notebook(several):
+    with pytest.raises(run.NotebookError, match=r"the process of 02_demo\.ipynb died"):
+        run.execute_all(several("print(1)", "import os\nos.kill(os.getpid(), 9)"), Profile.load("mini"), 2)
+
+
+def test_ctrl_c_ends_every_notebook_in_one_sentence(several, command):
+    paths = several(*2 * ["print('sleeps', flush=True)\nimport time\ntime.sleep(60)"])
+    process = command(paths)
+    for line in process.stdout:
+        if "sleeps" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and said.startswith("interrupted: ") and said.count("\n") == 1

@@ -1,6 +1,7 @@
 """What a reader gets: tables, figures, verdicts and pages, in figures/<profile>/ and build/<profile>/site/.
 
     site           executed notebooks, tables and figures as static pages
+    summary        what a run leaves, in a few lines: what was made, where to look, what was found
     settings       the first screen of a notebook: its profile in one line, what it reads, folded
     report         save_table, save_figure: every artefact with its data
     records        save_claim; where every artefact comes from
