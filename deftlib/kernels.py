@@ -7,13 +7,20 @@ Imports take a notebook seconds, and eight notebooks a minute. The process that 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 from contextlib import contextmanager
 
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-NAME = "deft-warm"  # of the entry point by which jupyter_client finds `Warm`
+from deftlib.workers import environment
+
+SETTINGS = {
+    "JUPYTER_DEFAULT_PROVISIONER_NAME": "deft-warm",  # the entry point by which jupyter_client finds `Warm`
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # read as matplotlib is imported; a kernel is too late
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU is asked without opening it: forks could not use it
+}
 IMPORTED = [  # not matplotlib.pyplot, which asks at its import where to draw
     "ipykernel.kernelapp",
     "matplotlib.figure",
@@ -29,14 +36,11 @@ def warm():
     """Notebooks that are started inside are forked; what is left of them at the end is killed."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(IMPORTED)
-    before = os.environ.get("JUPYTER_DEFAULT_PROVISIONER_NAME")
-    os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = NAME
-    try:
-        yield
-    finally:
-        os.environ.pop("JUPYTER_DEFAULT_PROVISIONER_NAME")
-        os.environ.update({} if before is None else {"JUPYTER_DEFAULT_PROVISIONER_NAME": before})
-        kill_all()
+    with environment(SETTINGS):
+        try:
+            yield
+        finally:
+            kill_all()
 
 
 def kill_all():
@@ -87,6 +91,7 @@ def _kernel(arguments, env, cwd):
     """The life of a kernel. It ends with the process it was forked from, and that one with the process that asked."""
     from ipykernel.kernelapp import IPKernelApp
 
+    gc.freeze()  # what was imported is no garbage: a collection that looks at it takes a quarter of a second
     os.setsid()  # Ctrl-C is for who started the notebooks
     os.environ.update(env)
     os.chdir(cwd)

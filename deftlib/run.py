@@ -74,9 +74,9 @@ def execute_all(notebooks, profile, at_once=1):
     Raises NotebookError by the first that fails, when those that were running are done; no other is started then.
     """
     progress = Progress.of(profile.label, min(at_once, len(notebooks)), list(map(_number, notebooks)))
-    _show_cell_output(progress)
+    shown = _show_cell_output(progress)
     if len(notebooks) == 1:  # it gains nothing from a process that has imported everything
-        _run(notebooks[0], profile, progress)
+        _run(notebooks[0], profile, progress, shown)
         return progress
     failed = threading.Event()
 
@@ -84,7 +84,7 @@ def execute_all(notebooks, profile, at_once=1):
         if failed.is_set():
             return
         try:
-            _run(notebook, profile, progress)
+            _run(notebook, profile, progress, shown)
         except BaseException:
             failed.set()
             raise
@@ -103,7 +103,7 @@ def execute_all(notebooks, profile, at_once=1):
     return progress
 
 
-def _run(notebook, profile, progress):
+def _run(notebook, profile, progress, shown):
     _of_thread.number, clock = _number(notebook), Clock()
     try:
         target = execute(notebook, profile)
@@ -115,6 +115,8 @@ def _run(notebook, profile, progress):
         raise NotebookError(
             f"the process of {notebook.name} died, perhaps for want of memory; results so far stand"
         ) from error
+    finally:
+        shown.end(_of_thread.number)
     progress.finished(_of_thread.number, clock.seconds)
     print(f"{os.path.relpath(target, ROOT)} in {clock.seconds:.0f} s", flush=True)
 
@@ -159,12 +161,13 @@ def _number(notebook):
 
 
 def _show_cell_output(progress):
-    """papermill logs what cells print; its own lines about each cell are left out."""
+    """papermill logs what cells print; its own lines about each cell are left out. Returns who shows it."""
     handler = _Lines(progress)
     handler.addFilter(lambda record: record.funcName == "log_output_message")
     logger = logging.getLogger("papermill")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    return handler
 
 
 class _Lines(logging.Handler):
@@ -180,11 +183,10 @@ class _Lines(logging.Handler):
         said = (f"{number}  {self.progress.line(number, line)}\n" for line in lines)
         print(*said, sep="", end="", flush=True)
 
-    def close(self):  # `logging` calls it at the end of the program
-        for number, rest in self.rest.items():
-            if rest:
-                print(f"{number}  {rest}", flush=True)
-        super().close()
+    def end(self, number):
+        """Show a last line that has no end."""
+        if rest := self.rest.pop(number, ""):
+            print(f"{number}  {rest}", flush=True)
 
 
 if __name__ == "__main__":

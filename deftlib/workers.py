@@ -143,7 +143,7 @@ class _Worker:
             if "CUDA_VISIBLE_DEVICES" not in os.environ:  # the numbers are ours: as nvidia-smi counts
                 chosen["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             chosen["CUDA_VISIBLE_DEVICES"] = place.gpu
-        with _environment(chosen):  # read while its libraries load, before any code of ours runs there
+        with environment(chosen):  # read while its libraries load, before any code of ours runs there
             self.process.start()
         theirs.close()
 
@@ -201,7 +201,7 @@ class _Lines(io.TextIOBase):
 
 
 @contextmanager
-def _environment(values):
+def environment(values):
     """These environment variables inside, as they were outside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,7 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deftlib import provenance
+from deftlib import __main__, provenance
 from deftlib.preferences.lists import read_lists
 
 VOCAB = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(37))])}
@@ -139,3 +140,17 @@ class FakeJudge:
         responses = read_lists(path)["responses"][:]
         self.scored += [reply for of_list in responses for reply in of_list]
         return [np.array([float(self.value(reply)) for reply in of_list]) for of_list in responses]
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """What `deft COMMAND --help` prints, by command."""
+
+    def shown(command):
+        monkeypatch.setattr(sys, "argv", ["deft", command, "--help"])
+        with pytest.raises(SystemExit) as end:
+            __main__.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    return shown

@@ -175,12 +175,11 @@ def deft(*arguments):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command):
-    shown = deft(command, "--help")
-    assert shown.returncode == 0 and shown.stdout.startswith(f"usage: deft {command} ")
+def test_every_command_explains_itself(command, help_of):
+    assert help_of(command).startswith(f"usage: deft {command} ")
 
 
-@pytest.mark.parametrize("command", ["train", "run", "check"])
+@pytest.mark.parametrize("command", ["run", "train"])
 def test_a_command_runs_as_its_module_too(command):
     name = f"deftlib.{COMMANDS[command][0]}"
     shown = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True, cwd=ROOT)

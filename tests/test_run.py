@@ -166,7 +166,7 @@ def test_several_notebooks_run_in_processes_of_their_own_forked_from_one(several
     assert error == ""
     said = {line.split("  ")[0]: line.split("  ")[1].split() for line in out.splitlines() if "  " in line}
     assert said["01"] == said["02"]
-    assert said["01"][1:] == ["True", "yes", str(tmp_path / "project" / "notebooks")]
+    assert said["01"][1:] == ["True", "yes", str(store.ROOT / "notebooks")]
     drawn = (tmp_path / "project/build/mini/notebooks/03_demo.ipynb").read_text()
     assert "image/png" in drawn, "figures are drawn inline"
     assert "took   0:" in out

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,15 +56,15 @@ def test_bash_reads_it_and_slurm_knows_its_options(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_command_and_option_in_it_exists(path, tmp_path):
+def test_every_command_and_option_in_it_exists(path, tmp_path, help_of):
     for command in asked_for(path, tmp_path, SLURM_ARRAY_TASK_ID="39"):
         if command[0] == "make":
             makefile = (ROOT / "Makefile").read_text()
             assert f"\n{command[1]}:" in makefile and command[2] == "PROFILE=paper"
             continue
         assert command[1] in COMMANDS
-        told = subprocess.run([sys.executable, "-m", "deftlib", command[1], "--help"], capture_output=True, text=True)
-        assert all(word in told.stdout for word in command if word.startswith("--"))
+        told = help_of(command[1])
+        assert all(word in told for word in command if word.startswith("--"))
         assert all((ROOT / word).is_file() for word in command if word.endswith(".ipynb"))
         launch.share(profile_of(command))  # settings that exist, lists that can be dealt
 

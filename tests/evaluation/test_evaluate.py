@@ -85,7 +85,8 @@ def test_two_processes_score_a_share_each_and_together_what_one_scores(
     for processes in (1, 2):
         profile = Profile.load("mini", {"data.source": "given", "launch.processes": processes, **few})
         if processes == 2:
-            shutil.rmtree(tmp_path / "build")
+            for scored in ("replies", "kl"):  # what was said is kept
+                shutil.rmtree(tmp_path / "build/mini" / scored)
             monkeypatch.setattr(policies, "load_policy", lambda *args: pytest.fail("loaded in this process"))
         frames.append(evaluate.replies(profile, policy, tmp_path, FakeJudge()))
         divergences.append(evaluate.divergence(profile, policy, start, frames[-1]))

@@ -103,8 +103,9 @@ def test_an_interrupted_pass_goes_on_after_its_last_block(tmp_path, monkeypatch)
 
 def test_another_policy_or_text_has_other_features(tmp_path):
     path = lists(tmp_path / "lists.parquet")
-    identity = features.identity(profile(), "policy")
-    assert identity != features.identity(Profile.load("mini", {"text.reply_tokens": 3}), "policy")
+    identity, few = features.identity(profile(), "policy"), {"policy.pretrain_steps": 2}
+    others = [features.identity(Profile.load("mini", few | more), "policy") for more in ({}, {"text.reply_tokens": 3})]
+    assert identity not in others and others[0] != others[1]
     assert features.identity(profile(), "words") != identity
     assert features.of_lists(profile(), "policy", path)[0].shape[1] == 128
     assert policies.start_policy(profile()) == policies.MINI_START
