@@ -7,7 +7,6 @@ down this list only, and down the list of files that each room opens with:
     __main__       the command `deft`: run, check, train and the others
     run            notebooks, executed headless, several at a time
     kernels        their processes, forked from one that has imported what they import
-    progress       how far they are, and the time to go
     studies        questions that take many runs: ablations, all methods side by side
     evaluation     how good replies are: scores, judges, people
     training       from preference lists to an aligned policy, by any method
@@ -19,6 +18,7 @@ down this list only, and down the list of files that each room opens with:
     ray_workers    workers of a Ray cluster
     workers        worker processes of this machine, over its GPUs and cores; one function on many pieces
     gpus           the visible GPUs, and whether one has room for another run
+    progress       how far a run of notebooks is, and the time to go
     profile        Profile: one typed record of every size, model and data source, from YAML
     sections       what a profile can say: every setting, its type, default and meaning
     command        one sentence where a command goes wrong

@@ -16,7 +16,7 @@ from collections import defaultdict
 from deftlib.store import ROOT, build_dir, write_atomic
 
 DONE = re.compile(r"^\[(?P<stage>.+)\] done in (?P<seconds>[\d.]+) s$")  # as `store` says it
-OWN = "its own cells"  # what a notebook takes beside its stages: imports, figures
+OWN = "own cells"  # what a notebook takes beside its stages: imports, tables, figures
 
 
 class Progress:
@@ -50,8 +50,9 @@ class Progress:
     def _done(self, notebook, stage, seconds):
         with self._lock:
             self.made.append((notebook, stage, seconds))
-            if self._left[stage]:
-                _, before = self._left[stage].pop(0)
+            expected = self._left[stage]
+            if expected:  # of this notebook, or else of one that would have made it
+                _, before = expected.pop(next((i for i, (by, _) in enumerate(expected) if by == notebook), 0))
                 self._took, self._before = self._took + seconds, self._before + before
 
     def finished(self, notebook, seconds):
@@ -69,10 +70,12 @@ class Progress:
         return f"{self._total - stages} of {self._total} stages, about {clock(pace * sum(left) / self._at_once)} to go"
 
     def keep(self, name):
-        """Write what this run made to `build/<profile>/stages.csv`, longest first. Returns the path."""
+        """Write what this run made to `build/<profile>/stages.csv`, unless an earlier run did, which made more."""
+        path = build_dir(name) / "stages.csv"
         rows = sorted(self.made, key=lambda row: (row[0], -row[2], row[1]))
         lines = ["notebook,stage,seconds", *(f"{by},{stage},{seconds:.1f}" for by, stage, seconds in rows)]
-        return write_atomic(build_dir(name) / "stages.csv", "\n".join(lines) + "\n")
+        if not path.is_file():
+            write_atomic(path, "\n".join(lines) + "\n")
 
 
 def committed(name):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PrinterCallback
 
-from deftlib import store
+from deftlib import progress, store
 from deftlib.command import one_sentence
 from deftlib.models import policies
 from deftlib.models.loop import clock, read_log
@@ -189,6 +189,35 @@ def _of_an_update(trainer):
     return {"all": counts.all, "waits": counts.waits}
 
 
+# ---- where the minutes go --------------------------------------------------------------------------------------------
+
+
+def minutes(stages):
+    """Seconds of each kind of stage, by notebook, the largest first: of the rows that `progress.keep` wrote."""
+    kinds = stages["stage"].str.partition("/")[0]
+    table = stages.pivot_table("seconds", kinds, "notebook", "sum", fill_value=0.0)
+    table.insert(0, "stages", kinds.value_counts())
+    table["all"] = table.drop(columns="stages").sum(axis=1)
+    table = table.sort_values("all", ascending=False)
+    table.loc["all"] = table.sum()
+    return table.rename_axis(None, axis=1).rename_axis("kind of stage")
+
+
+def write_minutes(profile, folder):
+    """Copy what each stage took in the first run of a profile's notebooks to `figures/bench/`, and sum it up there."""
+    path = store.build_dir(profile.name) / "stages.csv"
+    if not path.is_file():
+        raise store.StoreError(f"no run of all notebooks of {profile.name} is on record: make clean paper first")
+    table = minutes(pd.read_csv(path, dtype={"notebook": str}))
+    text = f"**Where the minutes go: seconds of one core in the notebooks of {profile.name}, {machine()}**"
+    text += (
+        "\n\nWhat two notebooks need counts for the one that made it. *Own cells* are imports, tables and figures.\n\n"
+    )
+    store.write_atomic(folder / progress.committed(profile.name).name, path.read_text())
+    store.write_atomic(folder / f"table_minutes_{profile.name}.md", text + table.to_markdown(floatfmt=".0f") + "\n")
+    print(text + table.to_markdown(floatfmt=".0f"))
+
+
 # ---- what all need ---------------------------------------------------------------------------------------------------
 
 
@@ -249,13 +278,21 @@ def main(arguments=None):
     parser.add_argument(
         "--fit-all", type=int, metavar="N", help="only make twelve runs by N workers, and print how long"
     )
+    parser.add_argument(
+        "--minutes",
+        action="store_true",
+        help="only write down where the minutes of the first run of all notebooks went",
+    )
     args = parser.parse_args(arguments)
     with one_sentence():
-        profile = Profile.from_options(args)
+        profile, folder = Profile.from_options(args), store.figures_dir("bench")
+        if args.minutes:
+            write_minutes(profile, folder)
+            return
         if args.fit_all:
             print(json.dumps(fit_all(profile, args.fit_all)))
             return
-        table, folder = bench(profile, args.sizes), store.figures_dir("bench")
+        table = bench(profile, args.sizes)
     store.write_atomic(folder / "table_bench.csv", table.to_csv(float_format="%.4g"))
     store.write_atomic(folder / "table_bench.md", page(table))
     print(page(table))
