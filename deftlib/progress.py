@@ -63,6 +63,11 @@ class Progress:
             for stage, expected in self._left.items():
                 self._left[stage] = [(by, before) for by, before in expected if by != notebook]
 
+    @property
+    def stages(self):
+        """How many were made."""
+        return sum(stage != OWN for _, stage, _ in self.made)
+
     def __str__(self):
         left = [seconds for stage, expected in self._left.items() for _, seconds in expected]
         stages = sum(len(expected) for stage, expected in self._left.items() if stage != OWN)

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import chdir
+from contextlib import chdir, nullcontext
 from pathlib import Path
 
 import papermill
@@ -90,8 +90,9 @@ def execute_all(notebooks, profile, at_once=1):
             raise
 
     notebooks = [notebook.resolve() for notebook in notebooks]
+    started = kernels.warm() if at_once > 1 else nullcontext()  # one after another they are long, and may want a GPU
     # papermill changes the folder of this whole process, whose threads are to find each other where they want to be.
-    with kernels.warm(), chdir(ROOT / "notebooks"), ThreadPoolExecutor(at_once) as pool:
+    with started, chdir(ROOT / "notebooks"), ThreadPoolExecutor(at_once) as pool:
         of_each = [pool.submit(run, notebook) for notebook in notebooks]
         try:
             for done in as_completed(of_each):
@@ -132,8 +133,9 @@ def main(arguments=None):
             if not notebook.is_file():
                 raise ProfileError(f"no notebook {notebook}")
         profile = Profile.from_options(args)
-        progress = execute_all(args.notebooks, profile, args.at_once)
-        if len(args.notebooks) > 1:
+        notebooks = list(dict.fromkeys(args.notebooks))  # two `make` at once may name one twice
+        progress = execute_all(notebooks, profile, args.at_once)
+        if len(notebooks) > 1:
             _tell(profile, progress, clock)
 
 
@@ -142,7 +144,7 @@ def _tell(profile, progress, clock):
     from deftlib.reporting.summary import summary  # it imports much
 
     progress.keep(profile.name)
-    print(f"\n{summary(profile)}\ntook   {clock} ({len(progress.made)} stages)", flush=True)
+    print(f"\n{summary(profile)}\ntook   {clock}, {progress.stages} stages", flush=True)
 
 
 # ---- what cells print --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_what_a_finished_notebook_did_not_need_is_not_waited_for():
     run.line("06", "[policies/sft-seed0] done in 6.0 s")
     run.finished("06", 20.0)
     assert str(run) == "2 of 4 stages, about 0:12 to go", "20 s where 16 were expected, and 10 s are left"
-    assert run.made == [("06", "policies/sft-seed0", 6.0), ("06", OWN, 14.0)]
+    assert run.stages == 1 and run.made == [("06", "policies/sft-seed0", 6.0), ("06", OWN, 14.0)]
 
 
 def test_of_a_profile_that_was_never_run_nothing_is_foretold(tmp_path, monkeypatch):
