@@ -10,6 +10,7 @@ import atexit
 import gc
 import multiprocessing
 import os
+import signal
 from contextlib import contextmanager
 
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
@@ -77,7 +78,8 @@ class _Forked:
         return self._process.exitcode
 
     def send_signal(self, number):
-        if self._process.is_alive():
+        # Before a kernel is asked to end it is interrupted, and says so if it still closes its last cell.
+        if number != signal.SIGINT and self._process.is_alive():
             os.kill(self.pid, number)
 
     def kill(self):
