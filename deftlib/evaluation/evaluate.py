@@ -1,7 +1,7 @@
 """How good a policy's replies to the test prompts are: `replies(profile, policy, parts, r_eval, seed)`.
 
-Each (policy, prompts, settings) is a published Parquet file of replies with their scores: r_eval's raw reward, BLEU and
-likelihood against the reference, length and, in the mini world, the true reward. Notebooks average them.
+Each (policy, prompts, settings) is a published Parquet file of replies with their scores: r_eval's raw reward, BLEU
+against the reference, length and, in the mini world, the true reward. Notebooks average them.
 """
 
 from functools import partial
@@ -22,14 +22,12 @@ def replies(profile, policy, parts, r_eval, seed=0):
     """The policy's replies to the test part: id, subset, prompt, reference, sample, reply and their scores.
 
     policy: folder, hub id or `Endpoint`. parts: folder of `subset.parts`. r_eval: `rewards.judge(profile, "evaluate",
-    parts)`. reference is y_1. reward is r_eval's raw score; bleu `100 * character_bleu`; words the length;
-    likelihood what `likelihood_name` says; in the mini world true_reward is 0..100 and unknown the share of unknown
-    sentences.
+    parts)`. reference is y_1. reward is r_eval's raw score; bleu `100 * character_bleu`; words the length; in the mini
+    world true_reward is 0..100 and unknown the share of unknown sentences.
     """
-    start = policies.start_policy(profile)
-    scorer, test_part = policies.identity(profile.evaluation.bart or start), parts / "test.parquet"
+    test_part = parts / "test.parquet"
     key = {"policy": generation.identity(policy), "r_eval": r_eval.identity(), "test": store.digest(test_part)}
-    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed, "scorer": scorer}
+    key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed}
     key |= {"dtype": profile.policy.dtype}
     if profile.data.source == "mini":
         key["world"] = mini_world.digest()
@@ -45,14 +43,10 @@ def replies(profile, policy, parts, r_eval, seed=0):
         ]
         frame = pd.DataFrame(rows)
         prompts, answers, references = frame["prompt"], frame["reply"], frame["reference"]
-        scores = lambda column, prepare, *said: computed(
-            profile, prepare, list(zip(*said)), folder / f"{column}.npy", f"{column} of {generation.name_of(policy)}"
-        )
-        frame["reward"] = scores("reward", partial(rewards.of_blocks, r_eval), prompts, answers, frame["subset"])
+        asked, label = list(zip(prompts, answers, frame["subset"])), f"reward of {generation.name_of(policy)}"
+        frame["reward"] = computed(profile, partial(rewards.of_blocks, r_eval), asked, folder / "reward.npy", label)
         frame["words"] = [metrics.words(reply) for reply in answers]
         frame["bleu"] = [100 * metrics.character_bleu(reply, best) for reply, best in zip(answers, references)]
-        source = references if profile.evaluation.bart else prompts
-        frame["likelihood"] = scores("likelihood", partial(_likelihoods, profile, start), source, answers)
         if profile.data.source == "mini":
             frame["true_reward"] = [mini_world.true_reward(p, r) for p, r in zip(prompts, answers)]
             frame["unknown"] = [mini_world.unknown_sentences(r) for r in answers]
@@ -71,6 +65,31 @@ def replies_of(profile, runs, parts, r_eval, seeds):
     of_seed = lambda run: partial(replies, profile, policy_of[run], parts, r_eval, run[1])
     frames = jobs.results(profile, {run: of_seed(run) for run in policy_of})
     return {name: [frames[run] for run in policy_of if run[0] == name] for name in runs}
+
+
+def with_likelihood(profile, runs, frames):
+    """The same {method: [`replies`]} with a column `likelihood`: what `likelihood_name` says of each reply.
+
+    runs: {method: [policy of each seed]}, whose replies they are; `profile.jobs` policies at a time.
+    """
+    asked = {(m, k): (policy, frames[m][k]) for m, policies_of in runs.items() for k, policy in enumerate(policies_of)}
+    found = jobs.results(profile, {run: partial(likelihood, profile, *said) for run, said in asked.items()})
+    return {m: [f.assign(likelihood=found[m, k]) for k, f in enumerate(several)] for m, several in frames.items()}
+
+
+def likelihood(profile, policy, frame):
+    """What `likelihood_name` says of each reply in `replies` of a policy, float64[N], published once."""
+    start, source = policies.start_policy(profile), "reference" if profile.evaluation.bart else "prompt"
+    said = frame[[source, "reply"]].to_numpy().tolist()
+    key = {"scorer": policies.identity(profile.evaluation.bart or start), "said": store.content_key(said)}
+    key |= {"text": vars(profile.text), "dtype": profile.policy.dtype}
+
+    def produce(folder):
+        label, prepare = f"likelihood of {generation.name_of(policy)}", partial(_likelihoods, profile, start)
+        in_blocks(profile, prepare, partial(iter, said), len(said), folder / "likelihood.npy", label)
+
+    folder = store.stage(profile, f"likelihood/{generation.name_of(policy)}", key, produce, "evaluation.evaluate")
+    return np.load(folder / "likelihood.npy")
 
 
 def divergence(profile, policy, reference, frame):

