@@ -15,16 +15,15 @@ import torch
 from two_processes import MICRO_BATCHES, RUNS, did
 
 ROOT = Path(__file__).parents[2]
-STARTED = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """[{run: what it did}] of two processes, started as `accelerate launch` starts them."""
+    """[{run: what it did}] of two processes that meet as those of `accelerate launch` do."""
     out = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("two_processes.py")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *STARTED, script, out], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, out], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -1,13 +1,15 @@
 """One training of each kind, as one process or as several: what `test_two_processes` compares. Not a test itself.
 
-    torchrun --nproc-per-node 2 tests/method/two_processes.py OUT    # OUT/<rank>.pt: {Run: what it did}
+    python tests/method/two_processes.py OUT    # OUT/<rank>.pt: {Run: what it did} of two processes, forked here
 
 On the CPU with gloo. The global batch is eight micro-batches of two rows in two updates, however many processes share
 them. FSDP2 is what the Trainer and accelerate make of it on GPUs, told to do so here: accelerate looks for it there
 alone. GRPO and RLOO draw from the random state of each process, so what they say is fixed by the prompt instead.
 """
 
+import gc
 import os
+import socket
 import sys
 import tempfile
 from functools import partial
@@ -269,13 +271,20 @@ def did(run, processes, shared=None):
     return {**found, "ratios": [ratio.item() for ratio, _ in ratios]}
 
 
-def main(out):
+def one_of_two(rank, out, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    processes, rank, found = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), {}
-    for run in RUNS:
-        found[tuple(run)] = did(run, processes, Path(out))
-    torch.save(found, Path(out) / f"{rank}.pt")
+    torch.save({tuple(run): did(run, 2, Path(out)) for run in RUNS}, Path(out) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def main(out):
+    """Both processes are forked from this one: what it has imported they need not."""
+    gc.freeze()  # nor look at it, whenever a training begins by collecting garbage
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(one_of_two, (out, port), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":
