@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import FakeJudge
+from warm import forked_workers as forked_workers  # a fixture
 
 from deftlib import store
 from deftlib.evaluation import evaluate
@@ -67,7 +68,7 @@ def test_replies_are_published_once_with_their_scores(talker, tokenizer, tmp_pat
 
 
 def test_two_processes_score_a_share_each_and_together_what_one_scores(
-    talker, make_model, tokenizer, tmp_path, monkeypatch
+    talker, make_model, tokenizer, tmp_path, monkeypatch, forked_workers
 ):
     monkeypatch.setattr(store, "ROOT", tmp_path)
     monkeypatch.setenv("DEFT_ROOT", str(tmp_path))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS
+from warm import forked_workers as forked_workers  # a fixture
 
 from deftlib import jobs, store
 from deftlib.models import generation, policies
@@ -137,7 +138,7 @@ def test_a_killed_run_goes_on_and_says_what_an_uninterrupted_one_would_have_said
     assert asked == [2, 2]  # of three batches; the second had lost one of its two
 
 
-def test_two_processes_say_a_share_each_and_together_what_one_says(policy, tmp_path, monkeypatch, capsys):
+def test_two_processes_say_a_share_each_and_together_what_one_says(policy, monkeypatch, forked_workers):
     profile, folder = policy
     two_a_batch = dataclasses.replace(SAMPLED, batch_size=6)
     said = generation.replies(profile, folder, PROMPTS, settings=two_a_batch)
