@@ -3,23 +3,26 @@
 A file system of its own, of a few megabytes, is mounted in a namespace of its own; skipped where that is not allowed.
 """
 
+import ctypes
+import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import short_runs
+import warm
 
 from deftlib import store
 from deftlib.profile import one_line
 
-ALONE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
 SIZES = {  # of the disk: what it is told there
     "200k": "the disk is full, free some space and run again; earlier results are untouched",  # not even the parts fit
     "7m": "are free: make room",  # they do, and it is known before anything is trained that its checkpoints do not
 }
-TRAIN = [sys.executable, "-m", "deftlib", "train", "--method", "sft"]
+TRAIN = ["train", "--method", "sft"]
 TRAIN += [part for key, value in short_runs.SETTINGS.items() for part in ("--set", f"{key}={one_line(value)}")]
 
 
@@ -32,16 +35,31 @@ pytestmark = pytest.mark.skipif(not is_allowed(), reason="no namespaces here")
 
 def said(tmp_path, *steps):
     """[(exit code, what was said), ...] of `deft train` after each of these commands on a disk at `$ROOT`."""
-    root = tmp_path / "root"
+    ours, theirs = warm.SERVER.Pipe()
+    process = warm.SERVER.Process(target=in_a_namespace, args=(tmp_path / "root", steps, theirs))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return ours.recv()
+
+
+def in_a_namespace(root, steps, answers):
+    """What `unshare --user --map-root-user --mount` does, then the steps; `os.unshare` comes with Python 3.12."""
+    user, group = os.getuid(), os.getgid()
+    assert ctypes.CDLL(None).unshare(0x10000000 | 0x00020000) == 0  # CLONE_NEWUSER, CLONE_NEWNS
+    for name, line in {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"}.items():
+        Path("/proc/self", name).write_text(line)
+    shell = lambda command: subprocess.run(["sh", "-ec", command], env=os.environ | {"ROOT": str(root)}, check=True)
+    linked = "\n".join(f"ln -s {store.ROOT / name} $ROOT/{name}" for name in ("data", "notebooks"))
     root.mkdir()
-    linked = " && ".join(f"ln -s {store.ROOT / name} $ROOT/{name}" for name in ("data", "notebooks"))
-    script = [f"mount -t tmpfs -o size=200m none $ROOT && {linked}"]
-    for number, step in enumerate(steps):
-        train = f'"$@" > {tmp_path}/{number}.txt 2>&1; echo $? > {tmp_path}/{number}.code'
-        script.append(f"{step} && {{ {train}; }}")
-    environment = {**os.environ, "ROOT": str(root), "DEFT_ROOT": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*ALONE, "\n".join(script), "sh", *TRAIN], env=environment, cwd=store.ROOT, check=True)
-    return [(int((tmp_path / f"{n}.code").read_text()), (tmp_path / f"{n}.txt").read_text()) for n in range(len(steps))]
+    shell(f"mount --make-rprivate /\nmount -t tmpfs -o size=200m none $ROOT\n{linked}")
+    found = []
+    for step in steps:
+        shell(step)
+        fork = multiprocessing.get_context("fork")
+        done = warm.deft(*TRAIN, cwd=store.ROOT, context=fork, DEFT_ROOT=str(root), OMP_NUM_THREADS="1")
+        found.append((done.returncode, done.stdout + done.stderr))
+    answers.send(found)
 
 
 @pytest.mark.parametrize("size, told", SIZES.items())

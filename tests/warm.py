@@ -4,7 +4,7 @@
     def test_...(forked_workers):                                                # processes of `LocalWorkers`
 
 Imports take six seconds, what these processes are to show mostly less. That a fresh one imports what it needs is shown
-by `tests/test_house.py`, `tests/test_jobs.py` and `tests/training/test_fit_all.py`, which start theirs as a reader does.
+by `tests/test_house.py`, `tests/test_jobs.py` and `tests/training/test_fit_all.py`, which start theirs as readers do.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,14 +29,17 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)  # as notebooks that run beside each other have it: a process has one server
 
 
-def deft(*command, cwd=None, **environment):
+def deft(*command, cwd=None, context=SERVER, **environment):
     """`deft COMMAND` in a process of its own, as `subprocess.run(..., capture_output=True, text=True)` returns it."""
-    with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder, name) for name in ("out", "error")]
-        process = SERVER.Process(target=_command, args=(list(command), said, cwd or os.getcwd(), os.environ | environment))
-        process.start()
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in said))
+    folder = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a fork that clears up behind itself would remove it
+    said = [folder / "out", folder / "error"]
+    given = (command, said, cwd or os.getcwd(), dict(os.environ) | environment)
+    process = context.Process(target=_command, args=given)
+    process.start()
+    process.join()
+    done = subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in said))
+    shutil.rmtree(folder)
+    return done
 
 
 def _command(command, said, cwd, environment):
