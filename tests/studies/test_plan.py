@@ -52,6 +52,7 @@ def untrained(tmp_path, monkeypatch):
     return tmp_path
 
 
+FEW = {"data.train_lists": 80, "data.reward_lists": 80, "data.dev_lists": 20, "data.test_lists": 20}
 SWEEPS = {"ratios": [0.003, 0.03], "tops": [10.0], "bottoms": [50.0], "lengths": [2, 3], "sweeps": True}
 
 
@@ -60,7 +61,7 @@ SWEEPS = {"ratios": [0.003, 0.03], "tops": [10.0], "bottoms": [50.0], "lengths":
 )
 def test_the_plan_counts_every_policy_that_the_notebooks_ask_for(untrained, changes):
     """By the very calls of notebooks 03, 06 and 07; `mini` has every sweep."""
-    profile = Profile.load("mini", {"ablation.seeds": [0], "seeds": [0], "comparison.seeds": [0]} | changes)
+    profile = Profile.load("mini", FEW | {"ablation.seeds": [0], "seeds": [0], "comparison.seeds": [0]} | changes)
     for seed in profile.seeds:
         for method in profile.training.methods:
             train.fit(profile, method, seed)
