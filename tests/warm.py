@@ -9,13 +9,20 @@ by `tests/test_house.py`, `tests/test_jobs.py` and `tests/training/test_fit_all.
 
 import atexit
 import gc
+import importlib
+import json
 import multiprocessing
 import os
-import runpy
+import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,13 +52,7 @@ def deft(*command, cwd=None, context=SERVER, **environment):
 def _command(command, said, cwd, environment):
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(cwd)
-    _settle(environment)
-    sys.argv = ["deft", *command]
-    try:
-        runpy.run_module("deftlib", run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # a forked process ends without
+    sys.exit(_main(["deftlib.__main__", *command], cwd, environment))
 
 
 def _settle(environment):
@@ -78,3 +79,89 @@ def _fork(target, args, name):
 def _settled(environment, target, args):
     _settle(environment)
     target(*args)
+
+
+# ---- processes that torchrun starts --------------------------------------------------------------------------------
+
+STAND_IN = """#!{python} -SE
+import json, os, socket, sys
+warm = socket.socket(socket.AF_UNIX)
+warm.connect(os.environ["WARM"])
+asked = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"
+sent = socket.send_fds(warm, [asked], [1, 2])
+warm.sendall(asked[sent:])
+sys.exit(int(warm.recv(8) or 1))
+"""
+
+
+@contextmanager
+def python(folder):
+    """Yields environment variables with which torchrun's processes are forked here, and a list for their CPU seconds.
+
+    What torchrun starts is a stand-in that asks for a fork and ends with its exit code; killed, it takes that along.
+    """
+    stand_in, place = folder / "python", str(folder / "warm")
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    ours, theirs = SERVER.Pipe()
+    process = SERVER.Process(target=_serve, args=(place, theirs), daemon=False)
+    process.start()
+    ours.recv()
+    seconds = []
+    try:
+        yield {"PYTHON_EXEC": str(stand_in), "WARM": place}, seconds
+    finally:
+        ours.send("end")
+        seconds.append(ours.recv())
+        process.join()
+
+
+def _serve(place, connection):
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(place)
+        listening.listen()
+        connection.send("ready")
+        while listening in wait([listening, connection]):
+            asking, _ = listening.accept()
+            if not os.fork():
+                listening.close()
+                os._exit(_serve_one(asking))
+            asking.close()
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    connection.send(used.ru_utime + used.ru_stime)
+
+
+def _serve_one(asking):
+    said, (out, error), _, _ = socket.recv_fds(asking, 1 << 16, 2)
+    while not said.endswith(b"\n"):
+        said += asking.recv(1 << 16)
+    command, cwd, environment = json.loads(said)
+    threading.Thread(target=lambda: asking.recv(1) or os._exit(1), daemon=True).start()  # the stand-in is gone
+    os.dup2(out, 1)
+    os.dup2(error, 2)
+    code = _main(command[command.index("-m") + 1 :], cwd, environment)
+    asking.sendall(str(code).encode())
+    return code
+
+
+def _main(command, cwd, environment):
+    """Exit code of `python -m MODULE ...`."""
+    os.chdir(cwd)
+    _settle(environment)
+    sys.argv = command
+    try:
+        return importlib.import_module(command[0]).main() or 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        atexit._run_exitfuncs()  # a forked process ends without
+        sys.stdout.flush()
+        sys.stderr.flush()

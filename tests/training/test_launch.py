@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import small_model, small_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -37,6 +38,15 @@ TEXTS = [
     | {"responses": [f"w{i} w{i + 1} w3", f"w{30 - i} w4"]}
     for i in range(16)
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked(tmp_path_factory):
+    """What torchrun starts are forks, which need no imports."""
+    with warm.python(tmp_path_factory.mktemp("python")) as (environment, _), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
