@@ -49,9 +49,10 @@ def hub(monkeypatch):
     return revisions
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def imported_is_no_garbage():
-    """Every training starts with a garbage collection; half a second goes on what was only imported."""
+    """Every training starts with a garbage collection: half a second on what imports and files of tests before left."""
+    gc.collect()
     gc.freeze()
 
 

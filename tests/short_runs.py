@@ -78,8 +78,12 @@ def hundred_updates(method, folder):
     return [[entry["loss"], entry["grad_norm"]] for entry in read_log(folder)]
 
 
-if __name__ == "__main__":  # python short_runs.py FOLDER THREADS METHOD ...
+def main():  # python short_runs.py FOLDER THREADS METHOD ...
     torch.set_num_threads(int(sys.argv[2]))
     folder, logs = Path(sys.argv[1]), {}
     quietly(lambda: logs.update({method: hundred_updates(method, folder / method) for method in sys.argv[3:]}), folder)
     print(json.dumps(logs))
+
+
+if __name__ == "__main__":
+    main()

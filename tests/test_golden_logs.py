@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import short_runs
 import torch
+import warm
 
 TESTS = Path(__file__).resolve().parent
 FIXTURE = TESTS / "fixtures" / "golden_logs.json"
@@ -35,10 +36,13 @@ def machine():
 
 
 def logs(folder, methods=short_runs.FAMILIES, threads=1, **environment):
-    """{method: [[loss, gradient norm], ...]} of a process of its own."""
-    command = [sys.executable, str(TESTS / "short_runs.py"), str(folder), str(threads), *methods]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
+    """{method: [[loss, gradient norm], ...]} of a process of its own, of a fresh one if it reads an environment."""
+    given = [str(folder), str(threads), *methods]
+    if environment:
+        command, environment = [sys.executable, "short_runs.py", *given], {**os.environ, **environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
+    else:
+        done = warm.module("short_runs", *given)
     assert done.returncode == 0, done.stderr[-500:]
     return {method: np.array(log) for method, log in json.loads(done.stdout).items()}
 

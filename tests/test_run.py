@@ -173,10 +173,10 @@ def test_several_notebooks_run_in_processes_of_their_own_forked_from_one(several
 
 
 def test_after_a_failure_no_other_notebook_is_started_and_those_that_ran_end(several, tmp_path):
+    failed = tmp_path / "build/mini/notebooks/01_demo.failed.ipynb"
+    until_it_failed = f"import os, time\nwhile not os.path.exists({str(failed)!r}):\n    time.sleep(0.1)\ntime.sleep(1)"
     with pytest.raises(run.NotebookError, match=r"^ValueError: seven \(cell 3 of 01_demo\.failed\.ipynb\)$"):
-        run.execute_all(
-            several("raise ValueError('seven')", "import time\ntime.sleep(3)", "print(1)"), Profile.load("mini"), 2
-        )
+        run.execute_all(several("raise ValueError('seven')", until_it_failed, "print(1)"), Profile.load("mini"), 2)
     made = {path.name for path in (tmp_path / "build/mini/notebooks").glob("*.ipynb")}
     assert made == {"01_demo.failed.ipynb", "02_demo.ipynb"}
 

@@ -36,8 +36,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)  # as notebooks that run beside each other have it: a process has one server
 
 
-def deft(*command, cwd=None, context=SERVER, **environment):
+def deft(*command, **more):
     """`deft COMMAND` in a process of its own, as `subprocess.run(..., capture_output=True, text=True)` returns it."""
+    return module("deftlib.__main__", *command, **more)
+
+
+def module(*command, cwd=None, context=SERVER, **environment):
+    """`main()` of a module that is named first, likewise."""
     folder = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a fork that clears up behind itself would remove it
     said = [folder / "out", folder / "error"]
     given = (command, said, cwd or os.getcwd(), dict(os.environ) | environment)
@@ -52,7 +57,7 @@ def deft(*command, cwd=None, context=SERVER, **environment):
 def _command(command, said, cwd, environment):
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.exit(_main(["deftlib.__main__", *command], cwd, environment))
+    sys.exit(_main(list(command), cwd, environment))
 
 
 def _settle(environment):

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import warm
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from deftlib import store
@@ -214,9 +213,7 @@ def test_every_formula_of_our_notebooks_is_set(path):
 
 
 def test_the_command_explains_itself_and_names_a_wrong_profile():
-    run = lambda *options: subprocess.run(
-        [sys.executable, "-m", "deftlib", "site", *options], capture_output=True, text=True, cwd=ROOT
-    )
+    run = lambda *options: warm.deft("site", *options, cwd=ROOT)
     assert "usage:" in run("--help").stdout
     wrong = run("--profile", "minni")
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: no profile 'minni'")

@@ -1,13 +1,10 @@
 """`deft check`: what was understood of a file, before anything is trained."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
+import warm
 
 from deftlib import store
 from deftlib.training import check
@@ -26,15 +23,7 @@ def written(folder, *rows):
 def test_the_command_counts_and_fails_above_the_share_without_a_traceback(tmp_path):
     written(tmp_path, *[pair()] * 3, pair(chosen=""))
 
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "deftlib", "check", "prefs.jsonl", *arguments],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-
+    command = lambda *arguments: warm.deft("check", "prefs.jsonl", *arguments, cwd=tmp_path)
     stopped = command()
     assert (stopped.returncode, stopped.stdout.count("\n"), stopped.stderr.count("\n")) == (1, 1, 1)
     assert stopped.stderr.startswith("error: prefs.jsonl: 1 of 4 lists rejected")
@@ -65,8 +54,14 @@ def test_what_was_understood_is_told_in_words(tmp_path, monkeypatch, capsys):
 def test_with_a_profile_lengths_are_tokens_and_one_list_is_shown_as_it_is_trained_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     long = "please " * 80
+    few = [
+        "--set",
+        "text.prompt_tokens=6",
+        "--set",
+        "policy.pretrain_steps=1",
+    ]  # of its start policy the tokenizer counts
     path = written(tmp_path, pair("May I help?", "Hello, please.", "No."), pair("May I?", long + "yes", long + "no"))
-    assert check.main([str(path), "--profile", "mini", "--set", "text.prompt_tokens=6"]) == 0
+    assert check.main([str(path), "--profile", "mini", *few]) == 0
     out = capsys.readouterr().out
     assert "cut: 100.0% of prompts on the left to text.prompt_tokens=6, 50.0% of replies on the right" in out
     assert "rejected 1 lists: 1 two responses differ only behind the cut" in out

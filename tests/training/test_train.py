@@ -1,18 +1,17 @@
 """Training a policy by name: the readings of omega, resuming, the command line."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from datasets import Dataset
 
 from deftlib.models import policies
 from deftlib.profile import Profile
 from deftlib.sections import Omega
-from deftlib.store import ROOT
 from deftlib.training import building, one_run, subset, train, trainers
 
 
@@ -220,8 +219,7 @@ def test_an_unknown_method_is_refused_before_anything_is_computed(method, monkey
 
 
 def test_the_command_line_explains_itself():
-    command = [sys.executable, "-m", "deftlib", "train", "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = warm.deft("train", "--help")
     assert result.returncode == 0
     assert all(option in result.stdout for option in ("--profile", "--method", "--seed", "--grading", "--omega"))
 
