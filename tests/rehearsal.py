@@ -115,7 +115,7 @@ def write_policy(folder, texts, model, config, **more):
     vocabulary = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
     made = model(config(**SIZES, **vocabulary, initializer_range=0.2, **more))
     with torch.no_grad():
-        made.lm_head.weight[2] *= 2
+        made.lm_head.weight[2] *= 3
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -64,7 +64,7 @@ def hundred_updates(method, folder):
     No reward model has a say in what is trained on: its last digits would change lists. RLOO is paid by the letter.
     """
     folder.mkdir()
-    settings = profile(**{"training.save_steps": 0})
+    settings = profile(**{"training.save_steps": 0, "training.ratio_steps": 25})  # a ratio costs as much as an update
     start = policies.start_policy(settings)
     tokenizer, lists = policies.load_tokenizer(start), read("mini", format="lists").select(range(200))
     counts = subset.count_lists(lists, [(1, 0, -1)] * len(lists), tokenizer, len(tokenizer), settings.text)

@@ -252,15 +252,24 @@ def test_an_unknown_call_is_told_like_any_other():
 # ---- a Ray cluster -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cluster(root, monkeypatch):
-    """A Ray cluster of this machine with two cores. Its workers find the functions of this file."""
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+@pytest.fixture(scope="module")
+def ray_of_two(tmp_path_factory):
+    """(a Ray cluster of this machine with two cores, its project folder). Its workers find the functions of this file."""
+    ray, place = pytest.importorskip("ray"), tmp_path_factory.mktemp("ray")
     path = {"PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"DEFT_ROOT": str(root), **path}})
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"DEFT_ROOT": str(place), **path}})
+        yield ray, place
+        ray.shutdown()
+
+
+@pytest.fixture
+def cluster(ray_of_two, root, monkeypatch):
+    ray, place = ray_of_two
+    monkeypatch.setattr(store, "ROOT", place)
+    monkeypatch.setenv("DEFT_ROOT", str(place))
+    return ray
 
 
 def test_tasks_of_a_ray_cluster_find_what_one_process_finds(cluster):
