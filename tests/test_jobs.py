@@ -254,7 +254,7 @@ def test_an_unknown_call_is_told_like_any_other():
 
 @pytest.fixture(scope="module")
 def ray_of_two(tmp_path_factory):
-    """(a Ray cluster of this machine with two cores, its project folder). Its workers find the functions of this file."""
+    """(a Ray cluster of two cores of this machine, its project folder). Its workers find what this file defines."""
     ray, place = pytest.importorskip("ray"), tmp_path_factory.mktemp("ray")
     path = {"PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))}
     with pytest.MonkeyPatch.context() as patch:

@@ -553,7 +553,9 @@ def test_no_test_reply_occurs_in_a_training_prompt(real, seed):
     if seed == 0:  # other conversations share no more than stock phrases ("What do you mean?")
         training_text = "\0".join(parts["train"]["prompt"])
         replies = [response.strip() for _, responses in test_lists for response in responses]
-        assert [reply for reply in replies if len(reply) > 52 and reply in training_text] == []
+        beginnings = {reply[:53] for reply in replies if len(reply) > 52}  # looked for at every place, all at once
+        met = {part for i in range(len(training_text)) if (part := training_text[i : i + 53]) in beginnings}
+        assert [reply for reply in replies if reply[:53] in met and reply in training_text] == []
 
 
 @needs_data
