@@ -66,9 +66,9 @@ plan: $(READY)
 	@$(BIN)/deft plan --profile $(PROFILE)
 
 # Two workers take file by file; the longest ones first, so that both are busy to the end.
-LONGEST := tests/test_rehearsal.py tests/method/test_two_processes.py tests/test_kills.py
+LONGEST := $(patsubst %,tests/%.py,test_rehearsal method/test_two_processes training/test_launch test_golden_logs test_kills)
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p tests.warm_notebooks -n 2 --dist loadfile --no-loadscope-reorder \
 		$(LONGEST) tests $(wildcard notebooks/*.ipynb)
 
 fuzz: $(READY)

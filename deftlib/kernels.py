@@ -91,8 +91,10 @@ class _Forked:
 
 def _kernel(arguments, env, cwd):
     """The life of a kernel. It ends with the process it was forked from, and that one with the process that asked."""
+    import pandas as pd
     from ipykernel.kernelapp import IPKernelApp
 
+    pd.set_option("display.max_columns", 20)  # as it chooses where it is imported in a notebook
     gc.freeze()  # what was imported is no garbage: a collection that looks at it takes a quarter of a second
     os.setsid()  # Ctrl-C is for who started the notebooks
     os.environ.update(env)

@@ -158,7 +158,7 @@ def command(tmp_path):
 
 
 WHO = "import os, sys\nprint(os.getppid(), 'deftlib.training.train' in sys.modules, os.environ['SAID'], os.getcwd())"
-FIGURE = "import matplotlib.pyplot as plt\nplt.plot([1])"
+FIGURE = "import pandas, matplotlib.pyplot as plt\nplt.plot([1])\nprint(pandas.get_option('display.max_columns'))"
 
 
 def test_several_notebooks_run_in_processes_of_their_own_forked_from_one(several, command, tmp_path):
@@ -167,6 +167,7 @@ def test_several_notebooks_run_in_processes_of_their_own_forked_from_one(several
     said = {line.split("  ")[0]: line.split("  ")[1].split() for line in out.splitlines() if "  " in line}
     assert said["01"] == said["02"]
     assert said["01"][1:] == ["True", "yes", str(store.ROOT / "notebooks")]
+    assert "03  20" in out.splitlines(), "tables are cut where a notebook's are"
     drawn = (tmp_path / "project/build/mini/notebooks/03_demo.ipynb").read_text()
     assert "image/png" in drawn, "figures are drawn inline"
     assert "took   0:" in out
