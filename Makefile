@@ -65,11 +65,10 @@ build/%/plan.txt: notebooks/profiles/%.yaml $(READY)
 plan: $(READY)
 	@$(BIN)/deft plan --profile $(PROFILE)
 
-# Two workers take file by file; the longest ones first, so that both are busy to the end.
-LONGEST := $(patsubst %,tests/%.py,test_rehearsal method/test_two_processes training/test_launch test_golden_logs test_kills)
+# Two workers take file by file, in the order that tests/warm_notebooks.py gives.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p tests.warm_notebooks -n 2 --dist loadfile --no-loadscope-reorder \
-		$(LONGEST) tests $(wildcard notebooks/*.ipynb)
+		tests $(wildcard notebooks/*.ipynb)
 
 fuzz: $(READY)
 	DEFT_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py
