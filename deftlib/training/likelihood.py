@@ -8,6 +8,7 @@ reference says of every response is taken once, before training, and kept: no se
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from deftlib.models.loop import length_buckets, with_progress
 LOGITS_AT_ONCE = 2**26
 
 
-def response_log_probs(model, unwrapped, input_ids, attention_mask, labels):
+def response_log_probs(model, unwrapped, input_ids, attention_mask, labels, mixed_head=False):
     """(sums[N], counts[N]) of the responses, as `losses.sequence_log_probs`, without logits for other positions."""
-    log_probs = response_token_log_probs(model, unwrapped, labels, input_ids=input_ids, attention_mask=attention_mask)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "mixed_head": mixed_head}
+    log_probs = response_token_log_probs(model, unwrapped, labels, **inputs)
     return log_probs.sum(-1), (labels[:, 1:] != IGNORED).sum(-1)
 
 
@@ -35,19 +37,29 @@ def response_token_log_probs(model, unwrapped, labels, **inputs):
     return at_responses(of_target, model, unwrapped, labels, **inputs)
 
 
-def at_responses(function, model, unwrapped, labels, **inputs):
+def at_responses(function, model, unwrapped, labels, mixed_head=False, **inputs):
     """`function(logits[R, V], targets[R])` -> [R] of the R positions that predict a response token: [N, T - 1], else 0.
 
     labels: int[N, T]. inputs: of the model. Selecting positions before the head needed the least memory of all ways
     tried. No more than LOGITS_AT_ONCE logits at a time; several chunks are computed anew in the backward pass.
+    mixed_head: whether the head runs under the autocast that is on here, as TRL's does; else in its own precision,
+    which is for measurements: a logit of 20 in bfloat16 is off by up to 0.06.
     """
+    device = unwrapped.device.type
+    autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
+    autocast["enabled"] = mixed_head and torch.is_autocast_enabled(device)
     targets = labels[:, 1:]
     is_response = targets != IGNORED
     rows, columns = is_response.nonzero(as_tuple=True)
 
     def in_chunks(hidden, weight, bias, scale):
         states = hidden[rows, columns + hidden.shape[1] - labels.shape[1]].to(weight.dtype)  # virtual tokens are first
-        run = lambda states, targets: function(scale * linear(states, weight, bias), targets)
+
+        def run(states, targets):
+            with torch.autocast(**autocast):  # in here, so that a chunk that is computed anew runs as it did
+                logits = linear(states, weight, bias)
+            return function(scale * logits, targets)
+
         at_once = max(LOGITS_AT_ONCE // len(weight), 1)
         if len(states) <= at_once:
             return run(states, targets[rows, columns])
@@ -58,6 +70,33 @@ def at_responses(function, model, unwrapped, labels, **inputs):
         # through `model` itself, so that a distributed wrapper sees the pass; its own logits are of one position
         model(**inputs, use_cache=False, logits_to_keep=1)
     return found[0].new_zeros(targets.shape).masked_scatter(is_response, found[0])
+
+
+# ---- TRL's head ----------------------------------------------------------------------------------------------------
+
+
+def head_of_trl(chunked):
+    """In the place of TRL's `ChunkedLogProbFunction`: the same outputs by torch's own operators.
+
+    TRL computes each logit twice and accumulates gradients in float32, which a CPU with bfloat16 pays for. Here logits
+    stay until the backward pass, as in `at_responses`: on a CPU, up to LOGITS_AT_ONCE of them. All else is TRL's.
+    """
+
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+        unusual = "log_sum_sq_probs" in outputs or softcap is not None or hidden.device.type != "cpu"
+        if unusual or len(hidden) * len(weight) > LOGITS_AT_ONCE:
+            return chunked.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs)
+        logits = linear(hidden, weight, bias).float() * (scale / temperature)
+        log_probs, found = -cross_entropy(logits, targets, reduction="none"), {}
+        with torch.no_grad():
+            if "entropy" in outputs:
+                of_all = logits.log_softmax(-1)
+                found["entropy"] = -(of_all.exp() * of_all).sum(-1)
+            found["mean_logits"] = logits.mean(-1) if "mean_logits" in outputs else None
+            found["is_top1"] = logits.argmax(-1) == targets if "is_top1" in outputs else None
+        return log_probs, found.get("entropy"), None, found["mean_logits"], found["is_top1"]
+
+    return SimpleNamespace(apply=apply, chunked=chunked)
 
 
 # ---- the reference, kept -----------------------------------------------------------------------------------------

@@ -28,10 +28,13 @@ from deftlib.training import likelihood
 from deftlib.training.encoding import GroupedByLength
 from deftlib.training.likelihood import at_responses, response_log_probs, response_token_log_probs
 
-# TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses, about half the time.
-# A TRL without this private name trains the same, only slower.
+# TRL's output head skips prompt and padding on GPUs only. On CPU it can too: the same losses, about half the time. And
+# it computes logits twice, and gradients in float32, to hold few of them; on CPU they can stay, up to a limit. A TRL
+# without these private names trains the same, only slower.
 if hasattr(trl_utils, "_use_triton"):
     trl_utils._use_triton = lambda device: True
+if hasattr(trl_utils, "_ChunkedLogProbFunction"):
+    trl_utils._ChunkedLogProbFunction = likelihood.head_of_trl(trl_utils._ChunkedLogProbFunction)
 
 FROZEN = ("reference_sums", "quality_reference_sums")  # fields of `Scores` that training does not change
 
@@ -187,7 +190,7 @@ class RankedListTrainer(GroupedByLength, Trainer):
             self.train_dataset = self.train_dataset.add_column(name, column)
 
     def log_probs(self, model, rows):
-        return response_log_probs(model, self.accelerator.unwrap_model(model), **rows)
+        return response_log_probs(model, self.accelerator.unwrap_model(model), **rows, mixed_head=True)
 
     def log(self, logs, start_time=None):
         if torch.is_tensor(self._tokens_since):
@@ -278,12 +281,12 @@ class IntuitiveTrainer(RankedListTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         with torch.no_grad():
             likeliest = lambda logits, targets: logits.argmax(-1)
-            predicted = at_responses(likeliest, model, unwrapped, labels, **rows)
+            predicted = at_responses(likeliest, model, unwrapped, labels, mixed_head=True, **rows)
             own = self.frozen_embedding(losses.greedy_inputs(inputs["input_ids"], labels, predicted))
         mix = lambda module, args, embedded: losses.intuitive_embeddings(embedded, own, self.mixing)
         handle = unwrapped.get_input_embeddings().register_forward_hook(mix)  # inside the pass, so wrappers see it
         try:
-            log_probs = response_token_log_probs(model, unwrapped, labels, **rows)
+            log_probs = response_token_log_probs(model, unwrapped, labels, mixed_head=True, **rows)
         finally:
             handle.remove()
         is_response = labels[:, 1:] != IGNORED

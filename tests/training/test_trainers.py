@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM, PhiConfig, PhiForCausalLM, TrainingArguments
 from trl import DPOConfig, RLOOConfig
+from trl.trainer import utils as trl_utils
 
 from deftlib.method import losses
 from deftlib.models.loop import arguments
@@ -522,3 +523,26 @@ def test_prompts_that_fill_no_sampling_batch_are_counted_or_refused(tmp_path):
     trainer.train_dataset = range(3)
     with pytest.raises(ValueError, match="3 prompts do not fill one sampling batch of 4"):
         trainers.lists_used(trainer)
+
+
+def test_trls_head_gives_the_same_by_torchs_own_operators():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, requires_grad=True) for n in (6, 50))
+    targets, outputs = torch.randint(0, 50, (6,)), ("log_probs", "entropy", "mean_logits", "is_top1")
+    ours = trl_utils._ChunkedLogProbFunction
+    found = []
+    for head in (ours, ours.chunked):
+        values = head.apply(hidden, weight, None, targets, 0.7, 32, None, 1.5, outputs)
+        found.append([*values[:2], values[3], values[4], *torch.autograd.grad(values[0].sum(), (hidden, weight))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one.detach(), other.detach())
+
+
+def test_under_autocast_the_head_runs_in_bfloat16_where_training_asks_for_it(make_model):
+    model, dtypes = make_model(), []
+    ids = torch.tensor([[1, 2, 3, 4]])
+    seen = lambda logits, targets: dtypes.append(logits.dtype) or logits.float().sum(-1)
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            likelihood.at_responses(seen, model, model, ids, mixed_head=mixed, input_ids=ids)
+    assert dtypes == [torch.float32, torch.bfloat16]
