@@ -28,7 +28,8 @@ def shown(profile, *names):
 def in_one_line(profile):
     """Name, policy, data and sizes of a profile."""
     policy, data, text = profile.policy, profile.data, profile.text
-    size = f"{policy.layers} layers of {policy.hidden_size}" if policy.source == "mini" else policy.dtype
+    layers = "1 layer" if policy.layers == 1 else f"{policy.layers} layers"
+    size = f"{layers} of {policy.hidden_size}" if policy.source == "mini" else policy.dtype
     lists = data.train_lists or "all"
     return (
         f"{profile.name}: policy {policy.source} ({size}), {lists} lists of the policy's part of {data.source}, "
