@@ -13,7 +13,7 @@ import yaml
 
 from deftlib import typed
 
-Part = Literal["policy", "pool", "reward_train", "reward_eval", "dev", "test"]
+Part = Literal["policy", "reward_train", "reward_eval", "dev", "test"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Data:
     source: str  # "mini", "hh-rlhf" ($DEFT_DATA/hh-rlhf, else the hub), "oasst" (there), a folder, a file or a hub id
     format: str = "auto"  # see `preferences.lists.read`
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
-    shares: dict[Part, float] = field(default_factory=dict)  # share of `split`, by hash of the first human turn; what
-    # falls to "pool" is counted and graded with the policy's lists, and not trained on
-    train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all
+    shares: dict[Part, float] = field(default_factory=dict)  # share of `split`, by hash of the first human turn
+    train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all, or their
+    train_share: float = 1.0  # share of the policy part; the rest is counted and graded in notebooks 01 and 02 alone
     count_lists: int = 0  # lists counted for the distribution grading's q_diff; 0 = all of the policy part
     reward_lists: int = 0  # lists each reward model learns from; 0 = all of its part
     dev_lists: int = 0  # lists for held-out accuracy; 0 = all of the part

@@ -30,7 +30,7 @@ def in_one_line(profile):
     policy, data, text = profile.policy, profile.data, profile.text
     layers = "1 layer" if policy.layers == 1 else f"{policy.layers} layers"
     size = f"{layers} of {policy.hidden_size}" if policy.source == "mini" else policy.dtype
-    lists = data.train_lists or "all"
+    lists = data.train_lists or ("all" if data.train_share == 1 else f"{100 * data.train_share:g} % of the")
     return (
         f"{profile.name}: policy {policy.source} ({size}), {lists} lists of the policy's part of {data.source}, "
         f"prompts of {text.prompt_tokens} and replies of {text.reply_tokens} tokens, seeds {one_line(profile.seeds)}"

@@ -158,8 +158,13 @@ def sizes(profile):
     of_file = {"train": sum(row[0] for row in rows), "test": sum(row[2] for row in rows)}
     found = {name: round(share * of_file[data.split]) for name, share in data.shares.items() if share}
     found.setdefault("test", of_file["test"])
-    found["pool"] = found["policy"] + found.get("pool", 0)
-    asked = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
+    found["pool"] = found["policy"]
+    asked = {
+        "policy": subset.trained_on(data, found["pool"]),
+        "pool": data.count_lists,
+        "dev": data.dev_lists,
+        "test": data.test_lists,
+    }
     asked |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
     return {name: asked[name] or n for name, n in found.items()}, 2
 

@@ -45,9 +45,9 @@ class Graded(NamedTuple):
 def parts(profile):
     """Folder of `policy, reward_train, reward_eval, dev, test, pool` as Parquet.
 
-    What is dealt from one file is disjoint by first human turn; a test file of its own is taken as it is. `pool` is what
-    fell to the policy, and to a share "pool" (all of it, unless `data.count_lists` says less), `policy` the lists of it
-    that are trained on. Row faults are in `rejects.jsonl`.
+    What is dealt from one file is disjoint by first human turn; a test file of its own is taken as it is. `pool` is the
+    policy part (all of it, unless `data.count_lists` says less), `policy` the lists of it that are trained on
+    (`data.train_lists` or `train_share`). Row faults are in `rejects.jsonl`.
     """
     data = profile.data
     source = ranked_lists.locate(data.source)
@@ -68,9 +68,9 @@ def parts(profile):
             read["-test"] = ranked_lists.read_to(own_test, source, split="test", rejects_path=rejects, **options)
             dealt["test"] = own_test, np.arange(read["-test"])
         (folder / "read.json").write_text(json.dumps(read))
-        more = dealt.get("pool", (lists, np.arange(0)))[1]
-        dealt["pool"] = lists, np.sort(np.concatenate([dealt["policy"][1], more]))
-        sizes = {"policy": data.train_lists, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
+        dealt["pool"] = dealt["policy"]
+        sizes = {"policy": trained_on(data, len(dealt["pool"][1])), "pool": data.count_lists}
+        sizes |= {"dev": data.dev_lists, "test": data.test_lists}
         sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
         for name, (path, rows) in dealt.items():
             if not len(rows):
@@ -87,6 +87,11 @@ def parts(profile):
     folder = store.stage(profile, "parts", key, produce, "training.subset")
     _check_rejects(source, folder, data.max_reject_share)
     return folder
+
+
+def trained_on(data, lists):
+    """How many of the policy part's lists are trained on."""
+    return data.train_lists or max(1, round(data.train_share * lists))
 
 
 def _check_rejects(source, folder, max_share):
