@@ -111,6 +111,8 @@ def _check_parts(source, data, shares):
     missing = {"policy", "dev"} - shares.keys()
     if missing:
         raise ranked_lists.PreferenceError(f"data.shares lacks {' and '.join(sorted(missing))}, found {shares}")
+    if not 0 < data.train_share <= 1:
+        raise ranked_lists.PreferenceError(f"data.train_share is above 0 and at most 1, found {data.train_share:g}")
     if "test" not in shares and (data.split == "test" or Path(source).is_file()):
         raise ranked_lists.PreferenceError(
             f"{source}: the test part would be the very lists trained on; give test a share in data.shares"

@@ -100,7 +100,7 @@ def publish(monkeypatch):
             as_lists(pool or rows).to_parquet(folder / "pool.parquet")
 
         folder = store.stage(Profile.load("mini"), "given", {"rows": rows, "pool": pool}, produce, "training.subset")
-        monkeypatch.setattr(subset, "scored", lambda profile: folder)
+        monkeypatch.setattr(subset, "scored", lambda profile, part: folder)
         monkeypatch.setattr(subset, "parts", lambda profile: folder)
 
     return make
