@@ -26,6 +26,7 @@ MADE_FROM_LISTS = {  # overrides, beside data.source, under which a profile read
     "data.cleaning": "none",
     "data.rank_by": "reward",
     "data.train_lists": 0,
+    "data.train_share": 1.0,
     "data.count_lists": 0,
 }
 

@@ -182,12 +182,13 @@ def test_another_world_makes_other_true_rewards_another_start_policy_and_no_othe
         profile = Profile.load("mini", {"data.source": source})
         with pytest.raises(LookupError, match="asked"):
             evaluate.replies(profile, tmp_path, tmp_path, FakeJudge())
+        with pytest.raises(LookupError, match="asked"):
+            evaluate.likelihood(profile, tmp_path, pd.DataFrame({"prompt": ["w1"], "reply": [" w2"]}))
         return list(keys)
 
     mine, other = asked("one world", "mini"), asked("another world", "mini")
-    assert [json.loads(key)[0].partition("-")[0] for key in mine] == [
-        "policies/start",
-        f"replies/{tmp_path.name.partition('-')[0]}",
-    ]
+    name = tmp_path.name.partition("-")[0]
+    names = [f"replies/{name}", "policies/start", f"likelihood/{name}"]
+    assert [json.loads(key)[0].partition("-")[0] for key in mine] == names
     assert mine[0] != other[0] and mine[1] != other[1]
-    assert asked("one world", "elsewhere")[1] == asked("another world", "elsewhere")[1]
+    assert asked("one world", "elsewhere")[0] == asked("another world", "elsewhere")[0]

@@ -371,7 +371,7 @@ def test_the_committed_start_policy_is_that_of_the_profile_and_says_how_it_was_m
         assert store.digest(policies.MINI_START / name) == entry["sha256"]
 
 
-@pytest.mark.parametrize("change", [{"policy.layers": 1}, {"text.reply_tokens": 12}])
+@pytest.mark.parametrize("change", [{"policy.layers": 2}, {"text.reply_tokens": 12}])
 def test_with_other_sizes_it_is_trained_anew(change, monkeypatch):
     monkeypatch.setattr(policies, "_pretrained", lambda profile: "trained")
     assert policies.start_policy(Profile.load("mini", change)) == "trained"
