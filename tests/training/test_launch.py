@@ -253,7 +253,7 @@ def test_micro_batches_are_dealt_in_turn_or_split_among_all(size, accumulation, 
 
 
 def test_what_cannot_be_dealt_evenly_is_refused_with_the_numbers():
-    refused = r"^neither training.batch_size=8 nor training.gradient_accumulation=1 can be dealt evenly over"
+    refused = r"^neither training.batch_size=4 nor training.gradient_accumulation=1 can be dealt evenly over"
     with pytest.raises(LaunchError, match=refused):
         launch.share(Profile.load("mini", {"launch.processes": 3}))
 

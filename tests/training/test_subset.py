@@ -360,7 +360,9 @@ def write(path, content):
 
 
 def parts(source, shares=HALVES, **data):
-    return subset.parts(Profile.load("mini", {"data": {"source": str(source), "shares": shares, **data}}))
+    return subset.parts(
+        Profile.load("mini", {"data": {"source": str(source), "shares": shares, "train_share": 1.0, **data}})
+    )
 
 
 def sizes(folder):
