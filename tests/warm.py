@@ -22,6 +22,7 @@ import tempfile
 import threading
 import traceback
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from deftlib.kernels import IMPORTED
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)  # as notebooks that run beside each other have it: a process has one server
+forkserver.ensure_running()  # at once: what it imports is not to read the environment of a test
 
 
 def deft(*command, **more):

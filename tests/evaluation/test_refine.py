@@ -42,7 +42,8 @@ def profile(tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows).replace("Question", f"{split} question")
         (tmp_path / "prefs" / f"{split}.jsonl").write_text(text)
     shares = {"policy": 0.4, "reward_train": 0.2, "reward_eval": 0.2, "dev": 0.2, "test": 0.0}
-    return Profile.load("mini", {"data.source": str(tmp_path / "prefs"), "data.shares": shares, "data.train_share": 1.0})
+    data = {"source": str(tmp_path / "prefs"), "shares": shares, "train_share": 1.0}
+    return Profile.load("mini", {"data": data})
 
 
 def with_refiner(profile, server, **data):

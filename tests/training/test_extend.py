@@ -50,7 +50,8 @@ def profile(tmp_path):
     ]
     source = tmp_path / "prefs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Profile.load("mini", {"data": {"source": str(source), "shares": SHARES, "train_share": 1.0}, "text.reply_tokens": 9})
+    data = {"source": str(source), "shares": SHARES, "train_share": 1.0}
+    return Profile.load("mini", {"data": data, "text.reply_tokens": 9})
 
 
 @pytest.fixture
