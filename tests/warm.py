@@ -35,7 +35,8 @@ from deftlib.kernels import IMPORTED
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)  # as notebooks that run beside each other have it: a process has one server
-forkserver.ensure_running()  # at once: what it imports is not to read the environment of a test
+if multiprocessing.parent_process() is None:  # no fork itself
+    forkserver.ensure_running()  # at once: what it imports is not to read the environment of a test
 
 
 def deft(*command, **more):
