@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from multiprocessing import forkserver
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -155,3 +156,9 @@ def help_of(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return shown
+
+
+def pytest_collection_finish(session):
+    """The process that `warm` forks from starts before any test: what it imports is not to read a test's environment."""
+    if "warm" in sys.modules:
+        forkserver.ensure_running()

@@ -22,7 +22,6 @@ import tempfile
 import threading
 import traceback
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +34,6 @@ from deftlib.kernels import IMPORTED
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(IMPORTED)  # as notebooks that run beside each other have it: a process has one server
-if multiprocessing.parent_process() is None:  # no fork itself
-    forkserver.ensure_running()  # at once: what it imports is not to read the environment of a test
 
 
 def deft(*command, **more):
