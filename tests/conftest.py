@@ -159,6 +159,6 @@ def help_of(monkeypatch, capsys):
 
 
 def pytest_collection_finish(session):
-    """The process that `warm` forks from starts before any test: what it imports is not to read a test's environment."""
+    """The process that `warm` forks from starts before any test: what it imports is not to see a test's environment."""
     if "warm" in sys.modules:
         forkserver.ensure_running()
