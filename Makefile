@@ -67,8 +67,8 @@ plan: $(READY)
 
 # Two workers take file by file, in the order that tests/warm_notebooks.py gives.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p tests.warm_notebooks -n 2 --dist loadfile --no-loadscope-reorder \
-		tests $(wildcard notebooks/*.ipynb)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p tests.warm_notebooks \
+		-n 2 --dist loadfile --no-loadscope-reorder tests $(wildcard notebooks/*.ipynb)
 
 fuzz: $(READY)
 	DEFT_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py

@@ -22,8 +22,8 @@ class Data:
     format: str = "auto"  # see `preferences.lists.read`
     split: str = "train"  # the file that training lists come from; "test" where only test files are at hand
     shares: dict[Part, float] = field(default_factory=dict)  # share of `split`, by hash of the first human turn
-    train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = all, or their
-    train_share: float = 1.0  # share of the policy part; the rest is counted and graded in notebooks 01 and 02 alone
+    train_lists: int = 0  # lists the policy learns from, equally over subsets; 0 = `train_share` of its part
+    train_share: float = 1.0  # what is not trained on is counted, and graded in notebooks 01 and 02
     count_lists: int = 0  # lists counted for the distribution grading's q_diff; 0 = all of the policy part
     reward_lists: int = 0  # lists each reward model learns from; 0 = all of its part
     dev_lists: int = 0  # lists for held-out accuracy; 0 = all of the part

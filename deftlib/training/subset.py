@@ -69,17 +69,15 @@ def parts(profile):
             dealt["test"] = own_test, np.arange(read["-test"])
         (folder / "read.json").write_text(json.dumps(read))
         dealt["pool"] = dealt["policy"]
-        sizes = {"policy": trained_on(data, len(dealt["pool"][1])), "pool": data.count_lists}
-        sizes |= {"dev": data.dev_lists, "test": data.test_lists}
-        sizes |= {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
+        asked = sizes(data, len(dealt["pool"][1]))
         for name, (path, rows) in dealt.items():
             if not len(rows):
                 raise ranked_lists.PreferenceError(f"{source}: no list fell to part {name!r}; give it a larger share")
-            if sizes.get(name, 0) > len(rows):
+            if asked[name] > len(rows):
                 raise ranked_lists.PreferenceError(
-                    f"{source}: {sizes[name]} lists asked of the part {name!r}, which has {len(rows)}; ask for fewer"
+                    f"{source}: {asked[name]} lists asked of the part {name!r}, which has {len(rows)}; ask for fewer"
                 )
-            rows = ranked_lists.sample_rows(path, rows, sizes[name]) if sizes.get(name) else rows
+            rows = ranked_lists.sample_rows(path, rows, asked[name]) if asked[name] else rows
             batches.take(path, rows, folder / f"{name}.parquet")
         for path in (lists, own_test):
             path.unlink(missing_ok=True)
@@ -89,9 +87,11 @@ def parts(profile):
     return folder
 
 
-def trained_on(data, lists):
-    """How many of the policy part's lists are trained on."""
-    return data.train_lists or max(1, round(data.train_share * lists))
+def sizes(data, lists):
+    """{part: how many of its lists are taken, 0 for all}. lists: how many fell to the policy."""
+    trained_on = data.train_lists or (max(1, round(data.train_share * lists)) if data.train_share < 1 else 0)
+    found = {"policy": trained_on, "pool": data.count_lists, "dev": data.dev_lists, "test": data.test_lists}
+    return found | {"reward_train": data.reward_lists, "reward_eval": data.reward_lists}
 
 
 def _check_rejects(source, folder, max_share):

@@ -54,12 +54,7 @@ def test_what_was_understood_is_told_in_words(tmp_path, monkeypatch, capsys):
 def test_with_a_profile_lengths_are_tokens_and_one_list_is_shown_as_it_is_trained_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     long = "please " * 80
-    few = [
-        "--set",
-        "text.prompt_tokens=6",
-        "--set",
-        "policy.pretrain_steps=1",
-    ]  # of its start policy the tokenizer counts
+    few = ["--set", "text.prompt_tokens=6", "--set", "policy.pretrain_steps=1"]  # only its tokenizer counts
     path = written(tmp_path, pair("May I help?", "Hello, please.", "No."), pair("May I?", long + "yes", long + "no"))
     assert check.main([str(path), "--profile", "mini", *few]) == 0
     out = capsys.readouterr().out

@@ -299,6 +299,8 @@ def test_grading_by_distribution_by_hand(policy, publish, direction, pick):
     assert graded.lists["distribution_reward"][:] == pytest.approx(best, abs=1e-5)
     kept = {int(pick(best[:4])), 4 + int(pick(best[4:]))}
     assert graded.lists["level"][:] == ["A" if i in kept else "rest" for i in range(6)]  # 25 % of 4 and of 2: one each
+    of_pool = subset.graded(profile(start, **{"grading.direction": direction}), "distribution", "pool").lists
+    assert len(of_pool) == 7 and of_pool["distribution_reward"][:6] == graded.lists["distribution_reward"][:]
 
 
 # ---- what is published ---------------------------------------------------------------------------------------------
@@ -386,6 +388,13 @@ def test_one_file_with_a_test_share_is_parted_without_overlap(tmp_path):
     assert all(ids) and len(set.union(*ids)) == sum(map(len, ids)) == 60
 
 
+def test_a_share_is_trained_on_and_the_pool_stays_whole(tmp_path):
+    source, shares = write(tmp_path / "own.jsonl", rows(60)), {**HALVES, "policy": 0.25, "test": 0.25}
+    whole, half = (parts(source, shares, train_share=share) for share in (1.0, 0.5))
+    assert sizes(half) == sizes(whole) | {"policy": round(sizes(whole)["policy"] / 2)}
+    assert set(read_lists(half / "policy.parquet")["id"]) < set(read_lists(half / "pool.parquet")["id"])
+
+
 def test_a_changed_file_is_another_result(tmp_path):
     write(tmp_path / "own" / "test.jsonl", rows(7, "test"))
     write(tmp_path / "own" / "train.jsonl", rows(40))
@@ -434,6 +443,11 @@ def test_a_source_that_cannot_be_used_is_one_sentence_naming_the_file(tmp_path, 
             {"shares": {**HALVES, "dev": 0.25, "test": 0.25}, "train_lists": 60},
             r"60 lists asked of the part 'policy', which has",
         ),
+        (
+            {"shares": {**HALVES, "dev": 0.25, "test": 0.25}, "train_share": 0.0},
+            "data.train_share is above 0 and at most 1",
+        ),
+        ({"shares": {**HALVES, "dev": 0.25, "test": 0.25}, "train_share": 1.1}, "found 1.1"),
         ({"shares": {**HALVES, "dev": 0.25, "test": 0.5}}, "shares must be at least 0 and sum to 1"),
     ],
 )
