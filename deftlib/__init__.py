@@ -14,6 +14,7 @@ down this list only, and down the list of files that each room opens with:
     reporting      tables, figures, verdicts, pages
     preferences    ranked lists: read, check, reject, split; the mini world
     method         the paper's equations alone, with torch and numpy and nothing else
+    blocks         one array over very many items, block by block, by one process or several
     jobs           many runs at once: which is next, and who works
     ray_workers    workers of a Ray cluster
     workers        worker processes of this machine, over its GPUs and cores; one function on many pieces

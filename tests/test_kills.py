@@ -31,8 +31,8 @@ import short_runs
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from deftlib import store
-from deftlib.models import blocks, endpoint, features, generation, policies, rewards
+from deftlib import blocks, store
+from deftlib.models import endpoint, features, generation, policies, rewards
 from deftlib.sections import Endpoint
 from deftlib.training import subset, train
 

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from deftlib import jobs, store
+from deftlib.blocks import computed, in_blocks
 from deftlib.evaluation import metrics
 from deftlib.intervals import mean_interval, paired_interval
 from deftlib.models import generation, policies, rewards
-from deftlib.models.blocks import computed, in_blocks
 from deftlib.preferences import mini_world
 from deftlib.preferences.lists import read_lists
 
@@ -28,7 +28,7 @@ def replies(profile, policy, parts, r_eval, seed=0):
     test_part = parts / "test.parquet"
     key = {"policy": generation.identity(policy), "r_eval": r_eval.identity(), "test": store.digest(test_part)}
     key |= {"generation": vars(profile.generation), "text": vars(profile.text), "seed": seed}
-    key |= {"dtype": profile.policy.dtype}
+    key |= {"dtype": generation.dtype(profile)}
     if profile.data.source == "mini":
         key["world"] = mini_world.digest()
 

@@ -59,7 +59,7 @@ def answers(profile, bench, policy, seed=0):
     text = text_for(profile, policy)
     limit, name = profile.mt_bench.max_new_tokens, generation.name_of(policy)
     key = {"policy": generation.identity(policy), "seed": seed, "questions": bench.questions}
-    key |= {"dtype": profile.policy.dtype, "text": vars(text), "limit": limit}
+    key |= {"dtype": generation.dtype(profile), "text": vars(text), "limit": limit}
     key["batch_size"] = profile.generation.batch_size  # a batch is seeded by what is in it
     key["engine"] = profile.generation.engine
 

@@ -13,13 +13,12 @@ import pandas as pd
 import torch
 
 from deftlib import jobs, store
-from deftlib.models import generation, policies
-from deftlib.models.blocks import computed
-from deftlib.models.loop import length_buckets, with_progress
+from deftlib.blocks import computed
+from deftlib.method import heads
+from deftlib.models import generation, packing, policies
 from deftlib.models.reward_heads import AXES, axis_of
 from deftlib.preferences.lists import read_lists, sample
-from deftlib.training.likelihood import response_log_probs
-from deftlib.training.trainers import collate_lists
+from deftlib.training.likelihood import response_token_log_probs
 
 LOG_RATIO, LOG_PROBABILITY = "log-ratio to the start policy", "mean log-probability"
 
@@ -81,24 +80,21 @@ def likelihoods(profile, policy, parts):
 
 def _of_blocks(profile, policy):
     model, tokenizer = policies.load_policy(policy, profile.policy.dtype), policies.load_tokenizer(policy)
-    return lambda block, label: _log_likelihoods(profile, model, tokenizer, block, label)
+    several = packing.reads_packed(heads.backbone(model))
+    return lambda block, label: _log_likelihoods(profile, model, tokenizer, several, block, label)
 
 
 @torch.no_grad()
-def _log_likelihoods(profile, model, tokenizer, pairs, label):
+def _log_likelihoods(profile, model, tokenizer, several, pairs, label):
     """float64[N, 2]: log-likelihood in nats and number of tokens of the reply of each (prompt, reply)."""
-    text, budget = profile.text, profile.reward_models.score_token_budget
-    rows = [
-        {"prompt_ids": policies.encode_prompt(tokenizer, prompt, text), "rewards": [0.0]}
-        | {"response_ids": [policies.encode_reply(tokenizer, reply, text)]}
-        for prompt, reply in pairs
-    ]
-    lengths = [len(row["prompt_ids"]) + len(row["response_ids"][0]) for row in rows]
+    text, budget, device = profile.text, profile.reward_models.score_token_budget, model.device
+    encode = partial(policies.encode_prompt, tokenizer), partial(policies.encode_reply, tokenizer)
+    rows = [tuple(read(words, text) for read, words in zip(encode, pair)) for pair in pairs]
     found = np.zeros((len(rows), 2))
-    for batch in with_progress(length_buckets(lengths, budget), label, total=len(rows)):
-        padded = collate_lists([rows[i] for i in batch], tokenizer.pad_token_id)
-        inputs = {name: padded[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=profile.training.bf16):
-            of_batch = response_log_probs(model, model, **inputs)
-        found[batch] = torch.stack([values.double() for values in of_batch], 1).cpu().numpy()
+    for which, inputs, labels, owners in packing.batches(rows, several, budget, tokenizer.pad_token_id, label):
+        there = {name: values.to(device) for name, values in inputs.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=profile.training.bf16):
+            of_tokens = response_token_log_probs(model, model, labels.to(device), **there)
+        sums, counts = packing.of_owners(of_tokens.double(), labels.to(device), owners.to(device))
+        found[which] = torch.stack([sums, counts], 1).cpu().numpy()
     return found

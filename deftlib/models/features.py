@@ -20,11 +20,10 @@ import torch
 from transformers import AutoModel
 
 from deftlib import store
+from deftlib.blocks import in_blocks, slices
 from deftlib.method import heads
-from deftlib.method.distribution import IGNORED, mean_response_hidden, reward_direction
-from deftlib.models import policies
-from deftlib.models.blocks import in_blocks, slices
-from deftlib.models.loop import length_buckets, with_progress
+from deftlib.method.distribution import reward_direction
+from deftlib.models import packing, policies
 from deftlib.preferences import batches
 
 WORDS = 2048  # columns of "words": token ids beyond share them
@@ -38,6 +37,7 @@ class Reader(NamedTuple):
     tokenizer: object
     is_bf16: bool
     token_budget: int  # padded tokens of a batch
+    packs: bool  # replies to one prompt share a row: `packing`
 
 
 class OfLists(Sequence):
@@ -157,7 +157,8 @@ def reader(profile, source, weights=None):
         model = _load(weights or start)
         limit = min(text.prompt_tokens + text.reply_tokens, model.config.max_position_embeddings)
         encode = lambda prompt, reply: _as_encoder(tokenizer, prompt, reply, limit)
-    return Reader(model, encode, tokenizer, profile.training.bf16, profile.reward_models.score_token_budget)
+    packs, budget = source == "policy" and packing.reads_packed(model), profile.reward_models.score_token_budget
+    return Reader(model, encode, tokenizer, profile.training.bf16, budget, packs)
 
 
 def states(reader, prompts, replies, label="features"):
@@ -168,10 +169,10 @@ def states(reader, prompts, replies, label="features"):
             "float32"
         )
     found = np.zeros((len(rows), reader.model.config.get_text_config().hidden_size), np.float32)
-    buckets = length_buckets([len(before) + len(said) for before, said in rows], reader.token_budget)
-    for batch in with_progress(buckets, label, total=len(rows)):
+    given = (rows, reader.packs, reader.token_budget, reader.tokenizer.pad_token_id, label)
+    for which, *batch in packing.batches(*given):
         with torch.no_grad():
-            found[batch] = batch_states(reader, [rows[i] for i in batch]).cpu().numpy()
+            found[which] = _states_of(reader, *batch).cpu().numpy()
     return found
 
 
@@ -180,17 +181,16 @@ def batch_states(reader, rows):
 
     A reply without tokens, an empty one, has the state of the last token before it (our choice).
     """
-    length, device = max(len(before) + len(said) for before, said in rows), reader.model.device
-    ids = torch.full((len(rows), length), reader.tokenizer.pad_token_id)
-    labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-    for k, (before, said) in enumerate(rows):
-        end = len(before) + len(said)
-        ids[k, :end], mask[k, :end] = torch.tensor([*before, *said]), 1
-        start = len(before) if said else end - 1  # of a reply without tokens, what was read before it
-        labels[k, start:end] = ids[k, start:end]
-    with torch.autocast(device.type, torch.bfloat16, enabled=reader.is_bf16):
-        hidden = reader.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
-    return mean_response_hidden(hidden.float(), labels.to(device))
+    of_one_reply = [(before, [said]) for before, said in rows]
+    return _states_of(reader, *packing.packed(of_one_reply, reader.tokenizer.pad_token_id))
+
+
+def _states_of(reader, inputs, labels, owners):
+    there = {name: values.to(reader.model.device) for name, values in inputs.items()}
+    with torch.autocast(reader.model.device.type, torch.bfloat16, enabled=reader.is_bf16):
+        hidden = reader.model(**there).last_hidden_state
+    sums, counts = packing.of_owners(hidden[:, :-1].float(), labels.to(hidden.device), owners.to(hidden.device))
+    return sums / counts[:, None]
 
 
 def _load(place):

@@ -42,7 +42,7 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
     if isinstance(policy, Endpoint):
         said = endpoint.replies_from(policy, prompts, settings, endpoint.kept_file(profile.name, policy), seed)
         return [[first_turn(reply) for reply in samples] for samples in said]
-    spoken = {"policy": policies.identity(policy), "dtype": profile.policy.dtype, "text": vars(text), "seed": seed}
+    spoken = {"policy": policies.identity(policy), "dtype": dtype(profile), "text": vars(text), "seed": seed}
     questions = numbered(prompts)
     spoken |= {"settings": vars(settings), **provenance.made_by("models.generation")}
     spoken |= {"vllm": provenance.version("vllm")} if settings.engine == "vllm" else {}
@@ -57,12 +57,12 @@ def replies(profile, policy, prompts, seed=0, text=None, settings=None, label="g
 
 def _say(profile, policy, prompts, text, settings, seed, label, path, share, of):
     """Add one share of the replies to the file of those that are kept."""
-    tokenizer, dtype = policies.load_tokenizer(policy), profile.policy.dtype
+    tokenizer, weights = policies.load_tokenizer(policy), dtype(profile)
     if settings.engine == "vllm":
         longest = text.prompt_tokens + settings.max_new_tokens
-        loaded = VllmEngine(policy, dtype, longest, 1 if profile.jobs == 1 else 1 / jobs.MOST_ON_A_GPU)
+        loaded = VllmEngine(policy, weights, longest, 1 if profile.jobs == 1 else 1 / jobs.MOST_ON_A_GPU)
     else:
-        loaded = nullcontext(policies.load_policy(policy, dtype))
+        loaded = nullcontext(policies.load_policy(policy, weights))
     with loaded as model:
         generate(model, tokenizer, prompts, text, settings, seed, label, store.Kept(path), slice(share, None, of))
 
@@ -273,6 +273,15 @@ def numbered(prompts):
         questions.append([prompt, seen[prompt]])
         seen[prompt] += 1
     return questions
+
+
+def dtype(profile):
+    """Of the weights that replies are said with: bfloat16 where training computes in it, else `policy.dtype`.
+
+    Our choice: autocast rounds them so in every pass of the training, and half of the bytes are half of the time, since
+    each token of a reply reads all of them once.
+    """
+    return "bfloat16" if profile.training.bf16 else profile.policy.dtype
 
 
 def identity(policy):

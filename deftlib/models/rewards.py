@@ -23,9 +23,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedModel
 
 from deftlib import store
+from deftlib.blocks import in_blocks, slices
 from deftlib.intervals import wilson_interval
 from deftlib.models import features, policies, reward_heads
-from deftlib.models.blocks import in_blocks, slices
 from deftlib.models.loop import length_buckets, with_progress
 from deftlib.models.policies import encode_text
 from deftlib.models.reward_heads import AXES, axis_of

@@ -50,7 +50,7 @@ def longer_lists(profile, server=None, seed=0):
         writer["max_reject_share"] = profile.data.max_reject_share  # under a stricter one, made again of answers kept
     else:
         name, policy = _name(lists, "sampled"), train.fit(profile, "sft", seed)
-        writer = {"policy": policies.identity(policy), "dtype": profile.policy.dtype}
+        writer = {"policy": policies.identity(policy), "dtype": generation.dtype(profile)}
         writer |= {"generation": vars(settings), "text": vars(profile.text)}
     key = {"writer": writer, "seed": seed, "lists": store.digest(lists_folder), "parts": store.digest(parts)}
     key |= {"split": profile.data.split, "shares": profile.data.shares}

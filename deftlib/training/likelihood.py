@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from deftlib.blocks import compute_share, files_of
 from deftlib.method.distribution import IGNORED
 from deftlib.method.passes import at_the_head
-from deftlib.models.blocks import compute_share, files_of
 from deftlib.models.loop import length_buckets, with_progress
 
 # 256 MiB in float32. torch's chunked `linear_cross_entropy` holds half as much and takes 3 to 5 times as long on a CPU.

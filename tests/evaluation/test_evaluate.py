@@ -11,11 +11,11 @@ from conftest import FakeJudge
 from warm import forked_workers as forked_workers  # a fixture
 
 from deftlib import store
+from deftlib.blocks import BLOCK
 from deftlib.evaluation import evaluate
 from deftlib.evaluation.evaluate import by_prompt, by_subset, compare, sigmoid_reward
 from deftlib.evaluation.metrics import character_bleu
 from deftlib.models import policies
-from deftlib.models.blocks import BLOCK
 from deftlib.models.generation import generate
 from deftlib.preferences import mini_world
 from deftlib.profile import Profile

@@ -5,8 +5,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from deftlib import store
-from deftlib.models import blocks, features, policies
+from deftlib import blocks, store
+from deftlib.models import features, policies
 from deftlib.preferences.lists import FEATURES
 from deftlib.profile import Profile
 

@@ -163,6 +163,16 @@ def test_what_is_kept_needs_no_model(policy, monkeypatch):
         generation.replies(profile, folder, PROMPTS, seed=1)
 
 
+def test_replies_are_said_with_the_weights_that_training_computes_with(policy, talker, monkeypatch):
+    profile, folder = policy
+    half = dataclasses.replace(profile, training=dataclasses.replace(profile.training, bf16=True))
+    generation.replies(profile, folder, PROMPTS)
+    loaded, real = [], policies.load_policy
+    monkeypatch.setattr(policies, "load_policy", lambda *given: loaded.append(real(*given)) or loaded[-1])
+    generation.replies(half, folder, PROMPTS)  # not those that were kept
+    assert {p.dtype for p in loaded[0].parameters()} == {torch.bfloat16}
+
+
 def test_what_is_said_does_not_depend_on_what_was_asked_before(policy):
     profile, folder = policy
     fresh = generation.replies(profile, folder, PROMPTS)

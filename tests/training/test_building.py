@@ -9,7 +9,8 @@ from conftest import SMALL, FakeJudge
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deftlib.models import adapters, blocks, policies
+from deftlib import blocks
+from deftlib.models import adapters, policies
 from deftlib.models.wheels import ModelError
 from deftlib.profile import Profile, ProfileError
 from deftlib.training import building, likelihood, one_run, subset, train

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from deftlib.models import blocks
-from deftlib.models.blocks import in_blocks, slices
+from deftlib import blocks
+from deftlib.blocks import in_blocks, slices
 from deftlib.sections import Launch
 
 N = 2500  # two blocks and a part of a third
