@@ -193,12 +193,23 @@ def _git():
 
     Files that it does not know count in deftlib alone: there one may be imported.
     """
-    run = functools.partial(subprocess.run, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     try:
-        run(["git", "ls-files", "--error-unmatch", "deftlib/__init__.py"])  # not a repository that a .venv lies in
-        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!figures"]).stdout
-        changed += run(["git", "ls-files", "--others", "--exclude-standard", "deftlib"]).stdout
+        _check_repository(PACKAGE.parent)
+        lines = _said_by_git("status", "--porcelain=v2", "--branch", "--untracked-files=all", "--", ".", ":!figures")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "dirty": bool(changed.strip())}
+    commit = next(line.split()[-1] for line in lines if line.startswith("# branch.oid "))
+    changed = [line for line in lines if line[0] not in "#?" or (line.startswith("?") and "deftlib/" in line)]
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+@functools.cache
+def _check_repository(folder):
+    """Raises CalledProcessError where the code in `folder` lies in no commit, or in a repository around a .venv."""
+    _said_by_git("ls-files", "--error-unmatch", "deftlib/__init__.py")
+    _said_by_git("rev-parse", "HEAD")
+
+
+def _said_by_git(*command):
+    run = functools.partial(subprocess.run, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    return run(["git", *command]).stdout.splitlines()

@@ -42,7 +42,7 @@ REFUSALS = {
 }
 TORCH_SAVE_CUT_SHORT = ("PytorchStreamWriter", "] . unexpected pos ")  # it keeps the system's words to itself
 _left = math.inf  # results that this process may still make: `at_most`
-USED = {}  # {label: {name: folder}} of every stage this process asked for: what its tables and figures rest on
+USED = {}  # {label: {name: manifest}} of every stage this process asked for: what its tables and figures rest on
 
 
 class StoreError(RuntimeError):
@@ -83,11 +83,10 @@ def stage(profile, name, key, produce, module):
     key = {**key, **made_by(module)}
     short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
     final = build_dir(profile.name) / f"{name}-{short}"
-    if (final / MANIFEST).is_file():
-        read_manifest(final)  # a result that was cut or lost a file is refused, not reused
-    else:
+    if not (final / MANIFEST).is_file():
         _made_here(final, name, key, produce, module)
-    USED.setdefault(profile.label, {})[str(final.relative_to(build_dir(profile.name)))] = final
+    manifest = read_manifest(final)  # a result that was cut or lost a file is refused, not reused
+    USED.setdefault(profile.label, {})[str(final.relative_to(build_dir(profile.name)))] = manifest
     return final
 
 
@@ -330,17 +329,15 @@ def used(profile):
     A name is the folder's and, after @, 8 digits of its manifest: made anew under the same key, it is another result.
     """
     shown = ("created", "seconds", "git", "python", "packages", "device", "cores", "threads")
-    manifests = {name: read_manifest(folder) for name, folder in USED.get(profile.label, {}).items()}
     return {
         f"{name}@{content_key(manifest)[:8]}": {field: manifest.get(field) for field in shown}
-        for name, manifest in manifests.items()
+        for name, manifest in USED.get(profile.label, {}).items()
     }
 
 
 def timings(profile):
     """[(stage name, seconds)] of every result this process rests on, in the order it asked for them."""
-    manifests = [read_manifest(folder) for folder in USED.get(profile.label, {}).values()]
-    return [(manifest["name"], manifest["seconds"]) for manifest in manifests]
+    return [(manifest["name"], manifest["seconds"]) for manifest in USED.get(profile.label, {}).values()]
 
 
 def _refusal(error, path):

@@ -53,7 +53,7 @@ def save_claim(profile, claim, ours, notebook, part="", note="", judge=None):
         known = recorded_claims(path) | {name: record}
         in_order = {known_part.name: known[known_part.name] for known_part in parts if known_part.name in known}
         _keep_samples(path.with_name("claims.parquet"), name, ours)
-        store.write_atomic(path, json.dumps(in_order, indent=1, ensure_ascii=False) + "\n")
+        store.write_atomic(path, _by_line(in_order) + "\n")
         write_claims(profile)
         _write_provenance(profile, {})
 
@@ -154,10 +154,17 @@ def _write_provenance(profile, added):
     artefacts = known["artefacts"] | added
     needed = {stage for each in [*artefacts.values(), *claimed.values()] for stage in each["stages"]}
     stages = known["stages"] | store.used(profile)
-    record = {"settings": profile.written, "artefacts": dict(sorted(artefacts.items()))}
-    record["stages"] = {stage: stages[stage] for stage in sorted(needed & stages.keys())}
-    store.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    parts = {"settings": json.dumps(profile.written), "artefacts": _by_line(dict(sorted(artefacts.items())))}
+    parts["stages"] = _by_line({stage: stages[stage] for stage in sorted(needed & stages.keys())})
+    text = ",\n".join(f'"{name}": {part}' for name, part in parts.items())
+    store.write_atomic(path, f"{{{text}}}\n")
     store.write_atomic(path.with_name("profile.yaml"), f"{profile}\n")
+
+
+def _by_line(entries):
+    """A dict as JSON, an entry a line: short in a diff, and written in a tenth of the time that indents take."""
+    lines = (f"{json.dumps(name)}: {json.dumps(entry, ensure_ascii=False)}" for name, entry in entries.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def made_with(stages):

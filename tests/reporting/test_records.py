@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -35,9 +36,10 @@ def published(profile, name, commit, seconds, monkeypatch):
         "packages": {"torch": "1"},
     }
     monkeypatch.setattr(store, "provenance", lambda: provenance.provenance() | old | {"device": "CPU of old"})
-    folder = store.stage(profile, name, {}, lambda folder: None, "method.grading")
-    manifest = json.loads((folder / store.MANIFEST).read_text())
-    (folder / store.MANIFEST).write_text(json.dumps({**manifest, "seconds": seconds}))
+    asked = partial(store.stage, profile, name, {}, lambda folder: None, "method.grading")
+    manifest = asked() / store.MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seconds": seconds}))
+    asked()
     return list(store.used(profile))[-1]
 
 
