@@ -8,6 +8,7 @@
     filtering      which lists carry the most preference information, by a small preference model
     coverage       how often the intervals hold the true mean, simulated
     bench_lists    how much memory a million lists take, and how fast they are counted
+    bench_loop     training against a bare PyTorch loop of the same model, batches, loss and optimizer
     first_updates  twenty updates of every method on a real model
 
 Start with `ablation.controls`.

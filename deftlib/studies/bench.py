@@ -33,7 +33,7 @@ from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, add_options
 from deftlib.provenance import version
 from deftlib.sections import Launch, Omega
-from deftlib.studies import bench_lists, comparison
+from deftlib.studies import bench_lists, bench_loop, comparison
 from deftlib.training import building, launch, one_run, subset, train
 
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")  # operators whose result the host waits for
@@ -43,8 +43,8 @@ RUNS = [(method, seed) for method in ("sft", "deft-pro", "rrhf") for seed in ran
 def bench(profile, sizes):
     """One row a comparison: what, ratio, of which numbers, at which size, and what shows that both did the same."""
     rows = [*held(sizes), *guided_step(profile), *operators(profile), grouped_by_length(profile)]
-    rows += [*counted(profile), fitted_at_once(profile), in_two_processes(profile)]
-    return pd.DataFrame(rows).set_index("what")
+    rows += [*counted(profile), fitted_at_once(profile), in_two_processes(profile), *against_bare(profile)]
+    return pd.DataFrame(rows)
 
 
 def guided_step(profile):
@@ -58,6 +58,15 @@ def guided_step(profile):
             f"{method}: step with R_dis / without, ms", row["DEFT ms"], row["plain ms"], f"{size}; {interval}", same
         )
         yield _row(f"{method}: step with R_dis / without, MB", row["DEFT MB"], row["plain MB"], size, same)
+
+
+def against_bare(profile):
+    """Training by the library's trainers against a bare PyTorch loop of the same arithmetic: tokens a second."""
+    for row in bench_loop.against_bare(profile):
+        interval = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        same = f"losses {row['loss']:.0e} apart, weights at the end {row['weights']:.0e}"
+        what = f"{row['method']}: training / bare loop, tokens/s"
+        yield _row(what, row["ours"], row["bare"], f"{row['tokens']} tokens a training; {interval}", same)
 
 
 def grouped_by_length(profile):
@@ -267,7 +276,7 @@ def page(table):
 
 A ratio is this / that, of two ways to do the same, measured in turns in one run; "the same" says how it was checked.
 
-{table.to_markdown(floatfmt=".3g")}
+{table.to_markdown(floatfmt=".3g", index=False)}
 """
 
 
@@ -277,6 +286,9 @@ def main(arguments=None):
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6], help="lists, for memory")
     parser.add_argument(
         "--fit-all", type=int, metavar="N", help="only make twelve runs by N workers, and print how long"
+    )
+    parser.add_argument(
+        "--training", action="store_true", help="only train against a bare PyTorch loop: table_training_<profile>"
     )
     parser.add_argument(
         "--minutes",
@@ -292,9 +304,10 @@ def main(arguments=None):
         if args.fit_all:
             print(json.dumps(fit_all(profile, args.fit_all)))
             return
-        table = bench(profile, args.sizes)
-    store.write_atomic(folder / "table_bench.csv", table.to_csv(float_format="%.4g"))
-    store.write_atomic(folder / "table_bench.md", page(table))
+        table = pd.DataFrame(against_bare(profile)) if args.training else bench(profile, args.sizes)
+    name = f"table_training_{profile.name}" if args.training else "table_bench"
+    store.write_atomic(folder / f"{name}.csv", table.to_csv(float_format="%.4g", index=False))
+    store.write_atomic(folder / f"{name}.md", page(table))
     print(page(table))
 
 
