@@ -9,6 +9,7 @@ import gc
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -114,7 +115,7 @@ class LocalWorkers:
                 number = next(i for i in self._names if self._workers[i].connection is connection)
                 try:
                     kind, said, *held = connection.recv()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):  # between two messages, or within one
                     code = self._bury(number)
                     why = ", perhaps for want of memory" if code == -signal.SIGKILL else ": stderr says why"
                     error = JobError(f"its worker died (exit code {code}){why}")
@@ -165,9 +166,9 @@ def _work(connection):
 
 
 def _to_send(error):
-    """An error as it can be pickled: itself, or its kind and words."""
+    """An error as the parent can read it: itself, or its kind and words."""
     with suppress(Exception):
-        multiprocessing.reduction.ForkingPickler.dumps(error)
+        pickle.loads(multiprocessing.reduction.ForkingPickler.dumps(error))  # some are written and cannot be read
         return error
     if type(error).__name__ in TOO_BIG:
         return MemoryError(str(error))

@@ -191,6 +191,34 @@ def test_a_worker_that_ends_by_itself_is_not_said_to_want_memory():
         assert str(workers.next_outcome().error) == "its worker died (exit code 3): stderr says why"
 
 
+class Unreadable(Exception):
+    """As httpx.HTTPStatusError: it can be pickled, and is not made anew from its words alone."""
+
+    def __init__(self, words, *, request):
+        super().__init__(words)
+
+
+def refused():
+    raise Unreadable("status 500", request=None)
+
+
+def dies_within_a_message():
+    os.write(sys.stdout.connection.fileno(), (1000).to_bytes(4, "big") + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_error_that_cannot_be_read_again_is_told_by_its_words():
+    with LocalWorkers([Place(None, 1)]) as workers:
+        workers.start("a", refused)
+        assert str(workers.next_outcome().error) == "Unreadable: status 500"
+
+
+def test_a_worker_may_die_within_a_message():
+    with LocalWorkers([Place(None, 1)]) as workers:
+        workers.start("a", dies_within_a_message)
+        assert "its worker died (exit code -9)" in str(workers.next_outcome().error)
+
+
 def talks():
     """A call that asks its stdout what libraries ask it, and ends no line."""
     of("a", 1)
