@@ -54,6 +54,7 @@ class Need:
     buckets: int  # DDP's copy of the gradients
     gradients: int
     accumulated: bool  # they stand beside the activations: a micro-batch is not the first of its update
+    measured: bool  # and beside those of a backward pass that measures the gradient ratio
     activations: int  # what the forward pass of the largest micro-batch keeps for the backward pass
     logits: int  # of one chunk with what is made of them, and the head's gradient from it
     ends: int  # the embedding's gradient before it is added to
@@ -68,7 +69,8 @@ class Need:
         """The peak: before weights are dealt out, at either end of a backward pass, or in the optimizer's step."""
         forward = self.activations + self.logits + self.accumulated * self.gradients
         resting = self.weights + self.optimizer + self.reference + self.buckets
-        return max(self.whole, resting + max(forward, self.gradients + max(self.step, self.ends)))
+        backward = (1 + self.measured) * self.gradients + self.ends
+        return max(self.whole, resting + max(forward, backward, self.gradients + self.step))
 
     def disk(self, save_steps):
         """Bytes: two checkpoints are kept while a third is written, and the result is while there are two."""
@@ -88,6 +90,7 @@ def needed(profile, method, config, responses=2, cuda=True):
     profile, base = launch.share(profile), method.removeprefix("deft-")
     training, processes, sharded = profile.training, profile.launch.processes, profile.launch.config == "fsdp2"
     parts, mixed = (processes if sharded else 1), training.bf16 and profile.policy.dtype == "float32"
+    accumulated = training.gradient_accumulation > 1
     model = footprint.described(config, profile.lora)
     sizes = footprint.sizes(*model, profile.policy.dtype)
     rows = training.batch_size * _rows(profile, base, responses)
@@ -118,7 +121,8 @@ def needed(profile, method, config, responses=2, cuda=True):
         reference=second * sizes.bytes // parts + (base == "ift") * embedding,
         buckets=sizes.trained_bytes if processes > 1 and not sharded else 0,
         gradients=sizes.trained_bytes // parts,
-        accumulated=training.gradient_accumulation > 1,
+        accumulated=accumulated,
+        measured=accumulated and parts == 1 and method != base and training.ratio_steps > 0,  # FSDP2: the first alone
         activations=activations,
         logits=logits,
         ends=sizes.trained_ends,

@@ -112,17 +112,26 @@ def test_rows_are_what_a_method_runs_of_a_list():
 
 def test_the_peak_is_where_most_stands_at_a_time():
     of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets", "whole", "waiting"), 0)
-    held = lambda accumulated=False, **other: memory.Need(
+    held = lambda accumulated=False, measured=False, **other: memory.Need(
         **{
             **of,
             **{"weights": 10, "optimizer": 20, "gradients": 5, "activations": 7, "logits": 1, "ends": 2, "step": 0},
-            **{"accumulated": accumulated, **other},
+            **{"accumulated": accumulated, "measured": measured, **other},
         }
     )
     assert held().total == 30 + 8  # the forward pass over
     assert held(activations=1).total == 30 + 5 + 2  # the backward pass over
     assert held(step=9).total == 30 + 5 + 9
     assert held(accumulated=True).total == 30 + 8 + 5
+    assert held(accumulated=True, measured=True, gradients=9).total == 30 + 9 + 9 + 2
+
+
+def test_a_measurement_of_the_gradient_ratio_holds_its_gradients_beside_those_that_are_accumulated():
+    of = lambda method, steps=2, **more: need(method, **{"training.gradient_accumulation": steps, **more}).measured
+    assert of("deft-sft") and not of("sft") and not of("deft-sft", steps=1)
+    assert not of("deft-sft", **{"training.ratio_steps": 0})
+    dealt = {"training.batch_size": 8, "launch": {"processes": 8, "config": "fsdp2"}}
+    assert not of("deft-sft", steps=3, **dealt), "FSDP2 measures the first micro-batch alone"
 
 
 # ---- against TRL's kernel ------------------------------------------------------------------------------------------
