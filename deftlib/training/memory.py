@@ -37,6 +37,7 @@ STATE = {  # bytes of optimizer state for a trained number, scales included; Ada
 }
 OF_TRL = ("sft", "dpo", "rloo")  # methods whose trainers take log-probabilities by TRL's kernel (`trl.kernels`)
 TILE = (4096, 32768)  # positions and tokens of the vocabulary whose logits that holds at a time
+KEPT = 20  # bytes a logit that stays on a CPU: five copies in float32 while the entropy is taken (`head_of_trl`)
 WITHOUT_TRITON = 29  # bytes a logit on CPUs: seven copies in float32 and a mask, in its backward pass
 
 
@@ -138,6 +139,8 @@ def _logits(profile, base, positions, vocabulary, width, cuda):
     """Bytes of the logits that stand at a time, and of what is made of them, at the start of the backward pass."""
     if base not in OF_TRL:
         return 12 * min(positions * vocabulary, LOGITS_AT_ONCE)  # in float32, with softmax and gradient
+    if not cuda and positions * vocabulary <= LOGITS_AT_ONCE:
+        return KEPT * positions * vocabulary
     halves, weights_are_halves = profile.training.bf16, profile.policy.dtype != "float32"
     rows, columns = min(positions, TILE[0]), min(vocabulary, TILE[1])
     tile = rows * columns

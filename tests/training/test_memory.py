@@ -13,14 +13,15 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from deftlib.models import adapters, footprint, policies
 from deftlib.profile import Profile
 from deftlib.sections import Lora
 from deftlib.store import ROOT
-from deftlib.training import memory, subset, train
+from deftlib.training import likelihood, memory, subset, train
 
 CONFIG = LlamaConfig(**SMALL, tie_word_embeddings=False)
 NUMBERS = 2 * 40 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16  # embedding, head; two layers; a norm
@@ -134,7 +135,7 @@ def test_a_measurement_of_the_gradient_ratio_holds_its_gradients_beside_those_th
     assert not of("deft-sft", steps=3, **dealt), "FSDP2 measures the first micro-batch alone"
 
 
-# ---- against TRL's kernel ------------------------------------------------------------------------------------------
+# ---- against the output heads that run ------------------------------------------------------------------------------------------
 
 
 class Peak(TorchDispatchMode):
@@ -159,16 +160,21 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
 @pytest.mark.parametrize("width", [8, 600])
-def test_logits_are_what_trls_kernel_holds_of_them_on_a_cpu(width, dtype, autocast):
+def test_logits_are_what_the_head_of_a_training_holds_of_them_on_a_cpu(width, dtype, autocast, kept, monkeypatch):
+    """Those that stay until the backward pass, and of more of them what TRL's kernel holds at a time."""
+    for module in (memory, likelihood):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 80 * (memory.TILE[1] + 100) - (not kept))
     profile = Profile.load("mini", {"policy.dtype": dtype, "training.bf16": autocast})
     hidden = torch.randn(80, width, dtype=getattr(torch, dtype), requires_grad=True)
     weight, targets = torch.randn(memory.TILE[1] + 100, width, dtype=getattr(torch, dtype)), torch.zeros(80).long()
     with Peak(hidden, weight) as peak, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         given = (hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy", "mean_logits"))
-        ChunkedLogProbFunction.apply(*given)[0].sum().backward()
+        trl_utils._ChunkedLogProbFunction.apply(*given)[0].sum().backward()
     worked_out = memory._logits(profile, "dpo", 80, len(weight), width, cuda=False)
+    worked_out += 2 * weight.numel() * (autocast and kept)  # autocast's copy of the head: one of the activations
     assert peak.most == pytest.approx(worked_out, rel=0.03)
 
 
