@@ -29,11 +29,15 @@ from deftlib.training.trainers import LIST_METHODS
 
 GIB = 2**30
 SPARE = 1.1  # of what is counted, before we say that it fits: fragments, and what is not counted
-STATE = {  # bytes of optimizer state for a trained number, scales included; AdamW's own has two of the weights' kind
-    "adamw_torch_8bit": 2 + 8 / 256,
+STATE = {  # bytes of optimizer state for a trained number, scales included; all others have two of the weights' kind
     "adamw_torch_4bit": 1 + 8 / 128,
-    "adamw_bnb_8bit": 2 + 8 / 256,
-    "sgd": 0,
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 + 8 / 256),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1 + 4 / 256),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3 + 12 / 256),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), 4),
+    **{"paged_adamw_32bit": 8, "ademamix": 12, "paged_ademamix_32bit": 12},
+    **dict.fromkeys(("rmsprop", "adagrad"), 4),  # at most: one of the weights' kind
+    **{"sgd": 0, "adafactor": 4 / 16},  # one a row and a column: less, but of adapters
 }
 OF_TRL = ("sft", "dpo", "rloo")  # methods whose trainers take log-probabilities by TRL's kernel (`trl.kernels`)
 TILE = (4096, 32768)  # positions and tokens of the vocabulary whose logits that holds at a time

@@ -12,7 +12,8 @@ from conftest import SMALL
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -46,6 +47,25 @@ def test_weights_gradients_and_adams_two_moments_are_sixteen_bytes_a_number():
 def test_bfloat16_weights_and_an_8_bit_optimizer_are_six_bytes_a_number():
     found = need(**{"policy.dtype": "bfloat16", "training.optimizer": "adamw_torch_8bit"})
     assert found.weights + found.gradients + found.optimizer == pytest.approx((2 + 2 + 2 + 8 / 256) * NUMBERS, abs=1)
+
+
+def test_the_state_of_an_optimizer_is_counted_by_its_name():
+    assert set(memory.STATE) < {name.value for name in OptimizerNames}
+    of = lambda name: need(**{"training.optimizer": name}).optimizer / NUMBERS
+    bits_8 = ("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit")
+    assert [of(name) for name in bits_8] == pytest.approx(3 * [2 + 8 / 256], abs=1e-3)
+    assert (of("lion_32bit"), of("paged_adamw_32bit"), of("adamw_torch_fused")) == (4, 8, 8)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_torch_fused", "rmsprop", "adagrad", "sgd"])
+def test_the_state_of_an_optimizer_is_what_it_holds(optimizer, tmp_path):
+    weight = torch.nn.Parameter(torch.randn(16, 1024))
+    weight.grad = torch.randn(16, 1024)
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(tmp_path, optim=optimizer))
+    made = kind([weight], **settings)
+    made.step()
+    held = sum(value.nbytes for value in made.state[weight].values() if torch.is_tensor(value) and value.ndim)
+    assert held / weight.numel() == pytest.approx(memory.STATE.get(optimizer, 8), abs=0.01)
 
 
 def test_intuitive_fine_tuning_keeps_a_frozen_embedding():
@@ -115,7 +135,7 @@ def test_the_peak_is_where_most_stands_at_a_time():
     of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets", "whole", "waiting"), 0)
     held = lambda accumulated=False, measured=False, **other: memory.Need(
         **{
-            **of,
+            # ---- against the output heads that run ---------------------------------------------------------------------------
             **{"weights": 10, "optimizer": 20, "gradients": 5, "activations": 7, "logits": 1, "ends": 2, "step": 0},
             **{"accumulated": accumulated, "measured": measured, **other},
         }
