@@ -227,7 +227,9 @@ def check(profile, method, start, lists, folder=None, free=None, free_disk=None)
 
 
 def _check(profile, method, policy, config, responses, folder=None, free=None, free_disk=None):
-    cuda, processes = torch.cuda.is_available(), profile.launch.processes
+    cuda, processes = torch.cuda.is_available(), profile.launch.processes // profile.launch.nodes  # of this machine
+    if cuda and processes > (here := torch.cuda.device_count()):
+        raise launch.LaunchError(f"launch asks for {processes} GPUs of a machine, one a process, and sees {here}")
     need = needed(profile, method, config, responses, cuda)
     free_disk = shutil.disk_usage(_existing(store.build_dir(profile.name))).free if free_disk is None else free_disk
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0

@@ -22,7 +22,7 @@ from deftlib.models import adapters, footprint, policies
 from deftlib.profile import Profile
 from deftlib.sections import Lora
 from deftlib.store import ROOT
-from deftlib.training import likelihood, memory, subset, train
+from deftlib.training import launch, likelihood, memory, subset, train
 
 CONFIG = LlamaConfig(**SMALL, tie_word_embeddings=False)
 NUMBERS = 2 * 40 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16  # embedding, head; two layers; a norm
@@ -117,9 +117,25 @@ def test_weights_that_are_to_be_dealt_out_are_loaded_whole_in_every_process():
     assert replace(dealt("dpo"), whole=10**9).total == 10**9
 
 
+def see_gpus(many, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: many)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    launched = lambda **of: Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": of})
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: 2**40)
+    memory.check_first(launched(processes=8), ["sft"], 2)
+    see_gpus(4, monkeypatch)
+    for enough in ({"processes": 4}, {"processes": 8, "nodes": 2}):
+        memory.check_first(launched(**enough), ["sft"], 2)
+    with pytest.raises(launch.LaunchError, match="launch asks for 8 GPUs of a machine, one a process, and sees 4"):
+        memory.check_first(launched(processes=8), ["sft"], 2)
+
+
 def test_weights_that_the_machine_cannot_hold_for_all_processes_are_refused(monkeypatch):
     profile = Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": {"processes": 4, "config": "fsdp2"}})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    see_gpus(4, monkeypatch)
     monkeypatch.setattr(memory, "_free_without_gpu", lambda root: 10**6)
     with pytest.raises(memory.NotEnough, match=r"sft of mini loads .* into the machine's memory"):
         memory.check_first(profile, ["sft"], 2)
@@ -135,7 +151,7 @@ def test_the_peak_is_where_most_stands_at_a_time():
     of = dict.fromkeys(("saved", "checkpoint", "reference", "buckets", "whole", "waiting"), 0)
     held = lambda accumulated=False, measured=False, **other: memory.Need(
         **{
-            # ---- against the output heads that run ---------------------------------------------------------------------------
+            **of,
             **{"weights": 10, "optimizer": 20, "gradients": 5, "activations": 7, "logits": 1, "ends": 2, "step": 0},
             **{"accumulated": accumulated, "measured": measured, **other},
         }
@@ -155,7 +171,7 @@ def test_a_measurement_of_the_gradient_ratio_holds_its_gradients_beside_those_th
     assert not of("deft-sft", steps=3, **dealt), "FSDP2 measures the first micro-batch alone"
 
 
-# ---- against the output heads that run ------------------------------------------------------------------------------------------
+# ---- against the output heads that run ------------------------------------------------------------------------------
 
 
 class Peak(TorchDispatchMode):
@@ -238,7 +254,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers_and_what_would(start, lists
 
 def test_more_gpus_are_named_where_there_are_gpus(start, lists, monkeypatch):
     profile = Profile.load("mini", {**FULL, "training.batch_size": 8})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    see_gpus(1, monkeypatch)
     monkeypatch.setattr(memory, "OF_CUDA", 0)
     monkeypatch.setattr(memory, "SPARE", 1)
     dealt = Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": {"processes": 4, "config": "fsdp2"}})
@@ -304,6 +320,14 @@ def test_fit_checks_before_it_loads(start, lists, tmp_path, tokenizer, monkeypat
 def test_memory_of_this_machine_is_shared_by_its_processes():
     assert memory.free_of_a_device() > 2**20
     assert memory.free_of_a_device(4) == pytest.approx(memory.free_of_a_device() / 4, rel=0.2)
+
+
+def test_memory_of_a_machine_is_not_shared_with_the_processes_of_another(start, lists, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "free_of_a_device", lambda processes: asked.append(processes) or 2**50)
+    of_two = Profile.load("mini", {**FULL, "training.batch_size": 8, "launch": {"processes": 8, "nodes": 2}})
+    memory.check(of_two, "sft", start, lists)
+    assert asked == [4]
 
 
 def test_a_container_or_slurm_job_may_have_less_memory_than_its_machine(tmp_path):
