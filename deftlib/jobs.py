@@ -38,7 +38,7 @@ def results(profile, calls):
 
 
 def in_shares(profile, call):
-    """`call(share, of)` for each of `profile.launch.processes` shares of one large work, on this machine's GPUs.
+    """`call(share, of)` for each share of one large work: one for each process of `profile.launch` on this machine.
 
     call: picklable; it keeps what it computes on disk, so that a run that was interrupted goes on. In this process
     where there is one. Raises the first error.

@@ -64,6 +64,7 @@ class Profile(Settings):
             typed.override(whole, key, value)
         tree = _without_credentials(whole)
         chosen = typed.build(Settings, tree)
+        _check_machines(chosen)
         were = plain.settings()
         changes = {key: value for key, value in chosen.settings().items() if key not in were or were[key] != value}
         return cls(**vars(chosen), label=_label(chosen, changes), written=digest(tree), changes=changes)
@@ -73,6 +74,17 @@ class Profile(Settings):
         """The options of a command that give this profile: "--profile mini --set grading.top=10.0"."""
         sets = [shlex.quote(f"{key}={one_line(value)}") for key, value in self.changes.items()]
         return " --set ".join([f"--profile {self.name}", *sets])
+
+
+def _check_machines(settings):
+    launch = settings.launch
+    for name, many in (("jobs", settings.jobs), ("launch.processes", launch.processes), ("launch.nodes", launch.nodes)):
+        if many != "auto" and many < 1:
+            raise ProfileError(f"{name} is {many}: at least 1")
+    if launch.processes % launch.nodes:
+        raise ProfileError(
+            f"launch.processes={launch.processes} cannot be dealt evenly over launch.nodes={launch.nodes}"
+        )
 
 
 def from_here(key, value):

@@ -89,6 +89,9 @@ def test_overrides_leave_the_profile_of_the_file_alone():
         ({"data.rank_by": "rewards"}, "data.rank_by is 'rewards': did you mean 'reward'?"),
         ({"text.template": "chatml"}, "text.template is 'chatml': did you mean 'chat'?"),
         ({"training.gradings": ["reward", "best"]}, "training.gradings[1] is 'best': "),
+        ({"jobs": 0}, "jobs is 0: at least 1"),
+        ({"launch.processes": -2}, "launch.processes is -2: at least 1"),
+        ({"launch.nodes": 2}, "launch.processes=1 cannot be dealt evenly over launch.nodes=2"),
     ],
 )
 def test_a_mistake_is_refused_with_what_was_meant(overrides, message):

@@ -70,9 +70,7 @@ def launched(profile, folder, **run):
 
 def command(launch, folder):
     """What starts the processes of a launch into a folder, up to what each is to run."""
-    each, left = divmod(launch.processes, launch.nodes)
-    if left:
-        raise LaunchError(f"launch.processes={launch.processes} cannot be dealt evenly over {launch.nodes} nodes")
+    each = launch.processes // launch.nodes
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={each}", "--max-restarts=0"]
     torchrun.append(f"--log-dir={os.devnull}")  # else it leaves an empty folder of logs in the temporary one
     if launch.nodes == 1:
