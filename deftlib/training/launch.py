@@ -11,12 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from deftlib import typed
 from deftlib.profile import FOLDER, Profile
@@ -25,6 +28,7 @@ from deftlib.sections import Settings
 PUBLISHER = "DEFT_PUBLISHER"  # host and process of who publishes, told to those it starts
 A_DAY = 24 * 60 * 60  # seconds
 OWN = "launch"  # of a run's folder: what its processes are told, and what they say when they fail
+ENDED = re.compile(r"^\s+rank\s+: (\d+) .*\n\s+exitcode\s+: (-?\d+) ", re.MULTILINE)  # in torchrun's account
 PORTS = range(20_000, 30_000)  # at one the machines of a launch find each other; Linux hands out others
 
 
@@ -62,10 +66,17 @@ def launched(profile, folder, **run):
         process.terminate()
         process.wait()
     if code:
-        failed = sorted((folder / OWN).glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
-        said = failed[0].read_text() if failed else f"exit code {code}: {''.join(told[-20:]).strip()}"
-        raise LaunchError(f"training in {profile.launch.processes} processes failed: {said}")
+        raise LaunchError(f"training in {profile.launch.processes} processes failed: {_why(folder / OWN, code, told)}")
     shutil.rmtree(folder / OWN)
+
+
+def _why(folder, code, told):
+    """The first failure: of a process that was killed, as torchrun tells, before those of others that missed it."""
+    failed = sorted(folder.glob("failed-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    for rank, its_code in ENDED.findall("".join(told)):
+        if int(its_code) not in (1, -signal.SIGTERM) and not (folder / f"failed-{rank}.txt").exists():
+            return f"process {rank}: exit code {its_code}{', perhaps for want of memory' * (its_code == '-9')}"
+    return failed[0].read_text() if failed else f"exit code {code}: {''.join(told[-20:]).strip()}"
 
 
 def command(launch, folder):
@@ -147,9 +158,16 @@ def end_with_publisher():
 
 
 def _watch(number):
-    while True:
-        try:
-            os.kill(number, 0)
-        except OSError:  # it is gone, or its number is by now another user's
-            os._exit(1)
+    while _is_alive(number):
         time.sleep(0.5)
+    os._exit(1)
+
+
+def _is_alive(number):
+    """Whether it works: in a container without an init a process that is gone keeps its number, as a zombie."""
+    try:
+        os.kill(number, 0)
+        stat = Path(f"/proc/{number}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # it is gone, or its number is by now another user's
+        return False

@@ -170,7 +170,7 @@ def test_a_training_of_which_one_process_was_killed_goes_on(rank, given, whole, 
     folder = tmp_path / "killed"
     killer = threading.Thread(target=kill_when_saved, args=(folder, rank), daemon=True)
     killer.start()
-    with pytest.raises(LaunchError, match="training in 2 processes failed"):
+    with pytest.raises(LaunchError, match=f"training in 2 processes failed: process {rank}: exit code"):
         trained(folder, 2, given)
     killer.join()
     deadline = time.time() + 20
@@ -229,6 +229,40 @@ def test_an_interrupted_launch_ends_its_processes_first_and_one_process_may_go_o
 def test_the_first_error_of_a_process_is_told_in_one_sentence(given, tmp_path):
     with pytest.raises(LaunchError, match=r"^training in 2 processes failed: process \d: .*nowhere"):
         trained(tmp_path / "run", 2, given | {"start": str(tmp_path / "nowhere")})
+
+
+TOLD = """\
+Failures:
+[1]:
+  time      : 2026-11-29_03:00:00
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 11)
+  error_file: <N/A>
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-29_03:00:00
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 12)
+  error_file: <N/A>
+""".splitlines(keepends=True)
+
+
+def test_a_process_that_was_killed_is_named_before_the_one_that_missed_it(tmp_path):
+    (tmp_path / "failed-0.txt").write_text("process 0: Connection reset")
+    assert launch._why(tmp_path, 1, TOLD) == "process 1: exit code -9, perhaps for want of memory"
+    assert launch._why(tmp_path, 1, []) == "process 0: Connection reset"
+    (tmp_path / "failed-1.txt").write_text("process 1: an error of its own")
+    assert launch._why(tmp_path, 1, TOLD) == "process 0: Connection reset"
+
+
+def test_a_process_that_is_gone_and_not_yet_buried_is_not_alive():
+    publisher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert launch._is_alive(publisher.pid)
+    publisher.kill()
+    os.waitid(os.P_PID, publisher.pid, os.WEXITED | os.WNOWAIT)
+    assert not launch._is_alive(publisher.pid), "a zombie"
+    publisher.wait()
+    assert not launch._is_alive(publisher.pid)
 
 
 # ---- how the work is dealt -----------------------------------------------------------------------------------------
