@@ -194,22 +194,27 @@ def _git():
     Files that it does not know count in deftlib alone: there one may be imported.
     """
     try:
-        _check_repository(PACKAGE.parent)
-        lines = _said_by_git("status", "--porcelain=v2", "--branch", "--untracked-files=all", "--", ".", ":!figures")
+        inside = _place_in_repository(PACKAGE.parent)
+        status = ["status", "--porcelain=v2", "--branch", "--untracked-files=all", "--", ".", ":!figures"]
+        lines = _said_by_git(PACKAGE.parent, *status)
     except (OSError, subprocess.CalledProcessError):
         return None
     commit = next(line.split()[-1] for line in lines if line.startswith("# branch.oid "))
-    changed = [line for line in lines if line[0] not in "#?" or (line.startswith("?") and "deftlib/" in line)]
+    changed = [line for line in lines if line[0] not in "#?" or line.startswith(f"? {inside}deftlib/")]
     return {"commit": commit, "dirty": bool(changed)}
 
 
 @functools.cache
-def _check_repository(folder):
-    """Raises CalledProcessError where the code in `folder` lies in no commit, or in a repository around a .venv."""
-    _said_by_git("ls-files", "--error-unmatch", "deftlib/__init__.py")
-    _said_by_git("rev-parse", "HEAD")
+def _place_in_repository(folder):
+    """Where in its repository `folder` lies, "" at its top. Raises CalledProcessError if its code is in no commit.
+
+    The code may lie in another repository's .venv, which does not know it.
+    """
+    _said_by_git(folder, "ls-files", "--error-unmatch", "deftlib/__init__.py")
+    _said_by_git(folder, "rev-parse", "HEAD")
+    return "".join(_said_by_git(folder, "rev-parse", "--show-prefix"))
 
 
-def _said_by_git(*command):
-    run = functools.partial(subprocess.run, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    return run(["git", *command]).stdout.splitlines()
+def _said_by_git(folder, *command):
+    done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()

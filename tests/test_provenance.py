@@ -217,6 +217,8 @@ def test_a_file_that_git_does_not_know_makes_deftlib_dirty_and_nothing_else(monk
     git("-c", "user.name=n", "-c", "user.email=e@e", "commit", "-qm", "first")
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "deftlib")
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "scratch" / "deftlib").mkdir(parents=True)
+    (tmp_path / "scratch" / "deftlib" / "losses.py").touch()
     assert provenance.provenance()["git"]["dirty"] is False
     (tmp_path / "deftlib" / "losses.py").touch()
     assert provenance.provenance()["git"]["dirty"] is True

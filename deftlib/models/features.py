@@ -209,8 +209,8 @@ def _as_encoder(tokenizer, prompt, reply, limit):
     """[CLS] prompt reply, cut on the left to `limit` tokens."""
     words = lambda text: policies.encode_text(tokenizer, text)
     first = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else []
-    said = words(reply)[: limit - len(first)]
-    room = limit - len(first) - len(said)
+    said = words(reply)[: limit - max(len(first), 1)]
+    room = limit - len(first) - max(len(said), 1)  # of an empty reply the state before it is asked for
     return [*first, *(words(prompt)[-room:] if room else [])], said
 
 

@@ -278,8 +278,8 @@ def numbered(prompts):
 def dtype(profile):
     """Of the weights that replies are said with: bfloat16 where training computes in it, else `policy.dtype`.
 
-    Our choice: autocast rounds them so in every pass of the training, and half of the bytes are half of the time, since
-    each token of a reply reads all of them once.
+    Our choice: autocast rounds those of linear layers so in every pass of the training, and half of the bytes are half
+    of the time, since each token of a reply reads all of them once.
     """
     return "bfloat16" if profile.training.bf16 else profile.policy.dtype
 

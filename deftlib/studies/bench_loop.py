@@ -16,10 +16,12 @@ from torch.nn.functional import cross_entropy, linear, logsigmoid
 from transformers import PrinterCallback
 
 from deftlib.intervals import mean_interval
+from deftlib.method import heads
 from deftlib.method.distribution import IGNORED
 from deftlib.models import policies
 from deftlib.models.loop import clock
 from deftlib.preferences.lists import read_lists, sample
+from deftlib.profile import ProfileError
 from deftlib.training import building, subset
 
 
@@ -28,8 +30,11 @@ def against_bare(profile, methods=("sft", "pro", "dpo"), updates=2, turns=4):
 
     Real tokens, medians over turns; each turn trains both from the start policy, and they take turns at being first.
     ratio: mean over the turns, low and high its 95 % interval. The reference of DPO is taken before, for both. loss,
-    weights: the largest difference of a logged loss and of a weight at the end. A first turn warms up.
+    weights: the largest difference of a logged loss and of a weight at the end. A first turn warms up. Raises
+    ProfileError where the profile trains otherwise than the loop does: all weights by AdamW.
     """
+    if profile.lora.rank or not profile.training.optimizer.startswith("adamw_torch"):
+        raise ProfileError("the bare loop trains all weights by AdamW: lora.rank=0 training.optimizer=adamw_torch")
     profile = replace(profile, economy=replace(profile.economy, reference="kept"))
     for method in methods:
         seconds, found = torch.empty(turns + 1, 2), {}
@@ -41,7 +46,7 @@ def against_bare(profile, methods=("sft", "pro", "dpo"), updates=2, turns=4):
                 row[which], losses, model = runs[which]()
                 found[which] = losses, [parameter.detach() for parameter in model.parameters()]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        ours, bare = (tokens / seconds[1:]).median(0).values.tolist()
+        ours, bare = (tokens / seconds[1:]).quantile(0.5, dim=0).tolist()
         ratio = mean_interval((seconds[1:, 1] / seconds[1:, 0]).numpy())
         apart = [max(float((a - b).abs().max()) for a, b in zip(*pairs, strict=True)) for pairs in zip(*found.values())]
         row = {"method": method, "tokens": tokens, "ours": ours, "bare": bare}
@@ -87,19 +92,19 @@ def _bare(profile, method, args, batches):
     many, losses = args.gradient_accumulation_steps, []
     start = clock()
     for update in range(args.max_steps):
-        of_update, whole = batches[update * many : (update + 1) * many], torch.tensor(0.0)
+        of_update, whole = batches[update * many : (update + 1) * many], 0.0
         said = sum(int((_labels(batch)[:, 1:] != IGNORED).sum()) for batch in of_update)
         for batch in of_update:
             with torch.autocast(model.device.type, torch.bfloat16) if args.bf16 else nullcontext():
                 loss = LOSSES[method](*_log_probs(model, batch), batch, said, many, profile.training)
             loss.backward()
-            whole += loss.detach().cpu()
+            whole += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(whole)
-    return clock() - start, losses, model
+    return clock() - start, [loss.cpu() for loss in losses], model
 
 
 def _labels(batch):
@@ -110,10 +115,11 @@ def _labels(batch):
 
 def _log_probs(model, batch):
     """Log-probability of each response, nats, and its tokens: [N] each."""
-    hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    hidden = heads.backbone(model)(**inputs).last_hidden_state
     targets = _labels(batch)[:, 1:]
     said = targets != IGNORED
-    logits = linear(hidden[:, :-1][said], model.lm_head.weight)
+    logits = linear(hidden[:, :-1][said], model.get_output_embeddings().weight)
     of_tokens = -cross_entropy(logits.float(), targets[said], reduction="none")
     return of_tokens.new_zeros(targets.shape).masked_scatter(said, of_tokens).sum(1), said.sum(1)
 

@@ -68,6 +68,7 @@ def test_an_encoder_keeps_its_first_token_and_the_reply_and_cuts_the_prompt():
     assert encode(9) == ([7, 12, 13, 14], [11, 12])
     assert encode(4) == ([7, 14], [11, 12])
     assert encode(3) == ([7], [11, 12]) and encode(2) == ([7], [11])
+    assert features._as_encoder(Words(), "aa bbb cccc", "", 3) == ([7, 14], [])  # its state takes a place of its own
 
 
 def lists(path, count=5):

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, MambaConfig, MistralConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    FalconConfig,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 
 from deftlib.models import packing
 
@@ -10,9 +19,9 @@ TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermedia
 ROWS = [([5, 6, 7], [[8, 9], [10, 11, 12], []]), ([13], [[14], [15, 16]])]
 
 
-def model(config):
+def model(config, dtype="float32"):
     torch.manual_seed(0)
-    return AutoModel.from_config(config).eval()
+    return AutoModel.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def test_a_row_by_hand():
@@ -60,6 +69,16 @@ def test_batches_hold_each_reply_once_and_no_more_tokens_than_allowed(several):
     assert sorted(seen) == list(range(len(pairs)))
 
 
+def test_a_row_holds_no_more_replies_than_pay():
+    ((_, inputs, _, _),) = packing.batches([([5], [8])] * (packing.MOST + 1), True, 1000, 0, "scoring")
+    assert len(inputs["input_ids"]) == 2
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="a prompt without a token predicts no reply"):
+        packing.packed([([], [[8]]), ([5], [[8]])], 0)
+
+
 def test_neighbours_share_a_row_only_where_their_prompts_are_equal():
     pairs = [([5], [8]), ([5], [9]), ([6], [8]), ([5], [7])]
     ((_, inputs, _, _),) = packing.batches(pairs, True, 1000, 0, "scoring")
@@ -69,11 +88,17 @@ def test_neighbours_share_a_row_only_where_their_prompts_are_equal():
 BERT = BertConfig(**TINY)
 SLIDES = MistralConfig(**TINY, num_key_value_heads=2, sliding_window=4)
 MAMBA = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+HYBRID = JambaConfig(**TINY, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)
+ALIBI = FalconConfig(**{k: v for k, v in TINY.items() if k != "intermediate_size"}, alibi=True)
 
 
-@pytest.mark.parametrize("config, can", [(LlamaConfig(**TINY), True), (BERT, False), (SLIDES, False), (MAMBA, False)])
-def test_a_model_that_cannot_is_found_out(config, can):
-    assert packing.reads_packed(model(config)) is can
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config, can",
+    [(LlamaConfig(**TINY), True), (BERT, False), (SLIDES, False), (MAMBA, False), (HYBRID, False), (ALIBI, False)],
+)
+def test_a_model_that_cannot_is_found_out(config, can, dtype):
+    assert packing.reads_packed(model(config, dtype)) is can
 
 
 def test_eager_attention_cannot():
