@@ -24,7 +24,7 @@ from deftlib.models.features import WORDS
 from deftlib.preferences.lists import read_lists
 from deftlib.profile import Profile, ProfileError, add_options
 from deftlib.reporting import records
-from deftlib.studies.trainings import SUBSETS, Run, lists_of, runs
+from deftlib.studies.trainings import SUBSETS, Run, lists_of, named, runs
 from deftlib.training import launch, memory, subset, train
 from deftlib.training.trainers import LIST_METHODS
 
@@ -163,14 +163,13 @@ def table(profile):
     asked, published = runs(profile, length), cost.n * (4 if profile.policy.dtype == "float32" else 2)
     if profile.lora.rank and (adapted := memory.largest(profile, ["sft"])):
         published = adapted[1].saved  # the adapter alone
-    of_03 = asked["03"]
-    every = set().union(*asked.values())
     for notebook, of_notebook in asked.items():
         made = [cost.training(run) for run in of_notebook]
         tokens, seconds = sum(tokens for _, tokens, _ in made), sum(seconds for *_, seconds in made)
         kept = len(made) * published
         add(f"policies, notebook {notebook}", len(made), tokens / cost.pair, seconds, kept)
-    _answers(profile, cost, add, every, of_03)
+    looked_at = {notebook: of for notebook, of in named(profile, length).items() if notebook != "05"}
+    _answers(profile, cost, add, set().union(*looked_at.values()), looked_at["03"])
     return pd.DataFrame(rows).T.rename_axis("kind")
 
 
@@ -241,7 +240,7 @@ def text(profile):
     writes = largest[1].disk(profile.training.save_steps) if largest else 3 * 12 * n  # three checkpoints
     checkpoints = writes if profile.training.save_steps else 0
     asked = "; ".join(f"{who} {count:,}" for who, count in requests(profile).items()) or "none, no server is named"
-    together = jobs.MOST_ON_A_GPU if profile.jobs == "auto" else profile.jobs
+    together = 1 if gpus > 1 else jobs.MOST_ON_A_GPU if profile.jobs == "auto" else profile.jobs
     at_best = (
         f" on {gpus}" if gpus > 1 else f" where {together} runs share it and none slows another (jobs: {profile.jobs})"
     )

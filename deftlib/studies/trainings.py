@@ -1,6 +1,6 @@
 """Which policies the notebooks of a profile train, without training any: what `plan` counts.
 
-runs(profile, length)        # {"03": {Run("dpo", 0), ...}, "06": ..., "07": ...}
+runs(profile, length)        # {"03": {Run("dpo", 0), ...}, "05": ..., "06": ..., "07": ...}
 """
 
 import math
@@ -26,13 +26,22 @@ class Run(NamedTuple):
 
 def runs(profile, length):
     """{notebook: the runs that it is the first to ask for, sets of `Run`}. length: responses a list."""
-    asked = {"03": _of_notebook_03(profile), "06": _of_notebook_06(profile, length), "07": _of_notebook_07(profile)}
-    seen = set()
+    asked, seen = named(profile, length), set()
     for notebook, of_notebook in asked.items():
         needs_sft = {run.seed for run in of_notebook if run.method.removeprefix("deft-") in train.FROM_SFT}
         asked[notebook] = (of_notebook | {Run("sft", seed) for seed in needs_sft}) - seen
         seen |= of_notebook | asked[notebook]
     return asked
+
+
+def named(profile, length):
+    """{notebook: the runs that it names, sets of `Run`}: without the SFT models that others start from."""
+    asked = {"03": _of_notebook_03(profile), "05": _of_notebook_05(profile)}
+    return asked | {"06": _of_notebook_06(profile, length), "07": _of_notebook_07(profile)}
+
+
+def _of_notebook_05(profile):
+    return {Run(method, seed) for method in profile.mt_bench.methods for seed in profile.mt_bench.seeds}
 
 
 def _of_notebook_03(profile):
@@ -74,15 +83,17 @@ def _swept(profile, length):
     settings, method = profile.ablation, profile.ablation.sweep_method
     own, seeds, found = getattr(profile.training, method.removeprefix("deft-")).omega, settings.seeds, set()
     first, other = profile.training.gradings[0], {"lowest": "highest", "highest": "lowest"}[profile.grading.direction]
-    named = lambda grading: "" if grading == first else grading
+    called = lambda grading: "" if grading == first else grading
     readings = {"0", *(f"ratio {ratio:g}" for ratio in settings.ratios)}
     readings |= {"published", "counts"} if method in ablation.PRINTED_OMEGA else set()
-    readings -= {f"ratio {own.value:g}" if own.reading == "ratio" else own.reading}
+    if own.reading == "ratio" or own.value == ablation.PRINTED_OMEGA.get(method):
+        readings -= {f"ratio {own.value:g}" if own.reading == "ratio" else own.reading}
     found |= {Run(method, seeds[0])} | {Run(method, seeds[0], omega=reading) for reading in readings}
     for seed in seeds:
-        found |= {Run(method, seed, grading=named("reward")), Run(method, seed, grading=named("distribution"))}
-        found.add(Run(method, seed, f"{other} R_dis", grading=named("distribution")))
-        found.add(Run(method, seed, _random(profile.grading.keep, "distribution"), grading=named("distribution")))
+        found |= {Run(method, seed, grading=called("reward")), Run(method, seed, grading=called("distribution"))}
+        found.add(Run(method, seed, f"{other} R_dis", grading=called("distribution")))
+        lists = _random(profile.grading.keep, "first" if first == "distribution" else "distribution")
+        found.add(Run(method, seed, lists, grading=called("distribution")))
     if first == "reward" and length > 2:  # of pairs no level C changes a count, and the run is the profile's own
         others = set(settings.bottoms) - {profile.grading.bottom}
         found |= {Run(method, seeds[0], f"bottom {c:g}") for c in others}

@@ -57,22 +57,32 @@ SWEEPS = {"ratios": [0.003, 0.03], "tops": [10.0], "bottoms": [50.0], "lengths":
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"ablation": SWEEPS | {"seeds": [0, 1]}, "comparison.methods": ["ift", "dpo"]}]
+    "changes",
+    [
+        {},
+        {"ablation": SWEEPS | {"seeds": [0, 1]}, "comparison.methods": ["ift", "dpo"]},
+        {
+            "ablation": SWEEPS | {"bottoms": []},
+            "training.gradings": ["distribution", "reward"],
+            "training.dpo.omega": {"reading": "published", "value": 0.5},
+        },
+    ],
 )
 def test_the_plan_counts_every_policy_that_the_notebooks_ask_for(untrained, changes):
-    """By the very calls of notebooks 03, 06 and 07; `mini` has every sweep."""
-    profile = Profile.load("mini", FEW | {"ablation.seeds": [0], "seeds": [0], "comparison.seeds": [0]} | changes)
+    """By the very calls of notebooks 03, 06 and 07, which make what 05 asks for; `mini` has every sweep."""
+    seeds = {key: [0] for key in ("seeds", "ablation.seeds", "comparison.seeds", "mt_bench.seeds")}
+    profile = Profile.load("mini", FEW | seeds | changes)
     for seed in profile.seeds:
         for method in profile.training.methods:
             train.fit(profile, method, seed)
         for method in ("deft-pro", "deft-dpo"):
-            train.fit(profile, method, seed, "distribution")
+            train.fit(profile, method, seed, profile.training.gradings[1])
         train.fit(profile, "deft-dpo", seed, omega=0.0)
     settings, first = profile.ablation, profile.ablation.seeds[:1]
     ablation.trained(profile, ablation.controls, settings.methods, settings.seeds)
     for study in (ablation.gradings, ablation.volumes):
         ablation.trained(profile, study, [settings.sweep_method], settings.seeds)
-    for study in (ablation.omegas, ablation.bottoms):
+    for study in (ablation.omegas, *[ablation.bottoms] * bool(profile.ablation.bottoms)):
         ablation.trained(profile, study, [settings.sweep_method], first)
     ablation.trained(profile, ablation.lengths, ["deft-pro", "deft-rrhf"], first)
     comparison.controls(profile)
@@ -82,6 +92,26 @@ def test_the_plan_counts_every_policy_that_the_notebooks_ask_for(untrained, chan
             train.fit(detached, "ift", seed)
     made = len(list((untrained / "build/mini/policies").glob("*/summary.json")))
     assert of_kinds(profile)["policies"] == made
+
+
+def test_what_notebook_05_alone_trains_is_counted():
+    one, three = (of_kinds(Profile.load("paper", {"mt_bench.seeds": seeds})) for seeds in ([0], [0, 1, 2]))
+    more = {kind: three[kind] - one[kind] for kind in one}
+    assert more == {"policies": 10, "mt_bench": 10, "replies": 0, "preference": 0, "kl": 0}
+
+
+def test_an_sft_model_that_others_start_from_is_trained_and_not_looked_at():
+    of = {"training.methods": ["dpo", "deft-dpo"], "comparison.methods": ["dpo"], "mt_bench.methods": [], "seeds": [0]}
+    profile = Profile.load("paper", of | {"ablation.methods": ["deft-dpo"], "ablation.seeds": [0]})
+    assert {plan.Run("sft", 0)} == plan.runs(profile, 2)["03"] - plan.named(profile, 2)["03"]
+    found = of_kinds(profile)
+    others = len(profile.evaluation.zero_shot)
+    assert found["replies"] == found["policies"] + others, "the start policy's, and none of SFT"
+
+
+def test_a_run_on_every_gpu_is_alone_on_them():
+    said = " ".join(plan.text(Profile.load("gpu", {"launch.processes": 2})).split())
+    assert "GiB of each GPU." in said and "at a time" not in said
 
 
 def test_the_sizes_of_hh_rlhf_are_those_of_table_1_and_nothing_is_read():
