@@ -9,7 +9,6 @@ import gc
 import io
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -168,7 +167,8 @@ def _work(connection):
 def _to_send(error):
     """An error as the parent can read it: itself, or its kind and words."""
     with suppress(Exception):
-        pickle.loads(multiprocessing.reduction.ForkingPickler.dumps(error))  # some are written and cannot be read
+        pickler = multiprocessing.reduction.ForkingPickler
+        pickler.loads(pickler.dumps(error))  # some are written and cannot be read
         return error
     if type(error).__name__ in TOO_BIG:
         return MemoryError(str(error))

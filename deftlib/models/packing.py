@@ -94,7 +94,7 @@ def reads_packed(backbone):
     masks = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
     if not masks or "position_ids" not in takes:
         return False
-    prompt, first, other, last = [3, 4, 5], [6, 7], [6, 2], [8, 9]  # any ids will do
+    prompt, first, other, last = [1, 2, 1], [2, 3], [2, 1], [3, 2]  # any ids will do
 
     def states(*rows):
         inputs, labels, _ = packed([(prompt, list(replies)) for replies in rows], 0)
