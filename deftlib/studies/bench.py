@@ -270,9 +270,9 @@ def machine():
     return f"{where}, {threads}; Python {platform.python_version()}, {packages}"
 
 
-def page(table):
-    """The text of table_bench.md."""
-    return f"""**Speed and size, measured by `deft bench`: {machine()}**
+def page(table, command):
+    """The text of table_bench.md, or of table_training_<profile>.md."""
+    return f"""**Speed and size, measured by `{command}`: {machine()}**
 
 A ratio is this / that, of two ways to do the same, measured in turns in one run; "the same" says how it was checked.
 
@@ -305,10 +305,11 @@ def main(arguments=None):
             print(json.dumps(fit_all(profile, args.fit_all)))
             return
         table = pd.DataFrame(against_bare(profile)) if args.training else bench(profile, args.sizes)
-    name = f"table_training_{profile.name}" if args.training else "table_bench"
+    name, option = (f"table_training_{profile.name}", " --training") if args.training else ("table_bench", "")
+    text = page(table, f"deft bench{option} {profile.options}")
     store.write_atomic(folder / f"{name}.csv", table.to_csv(float_format="%.4g", index=False))
-    store.write_atomic(folder / f"{name}.md", page(table))
-    print(page(table))
+    store.write_atomic(folder / f"{name}.md", text)
+    print(text)
 
 
 if __name__ == "__main__":
