@@ -133,7 +133,7 @@ class Training:
     scheduler: str = "linear"
     optimizer: str = "adamw_torch"
     max_grad_norm: float = 1.0
-    bf16: bool = False
+    bf16: bool = False  # autocast; replies are said with bfloat16 weights then (`generation.dtype`)
     gradient_checkpointing: bool = False
     log_steps: int = 10
     save_steps: int = 0  # checkpoints, every so many updates; 0 = none. For RLOO a multiple of updates_per_sampling

@@ -169,8 +169,8 @@ def states(reader, prompts, replies, label="features"):
             "float32"
         )
     found = np.zeros((len(rows), reader.model.config.get_text_config().hidden_size), np.float32)
-    given = (rows, reader.packs, reader.token_budget, reader.tokenizer.pad_token_id, label)
-    for which, *batch in packing.batches(*given):
+    pad = reader.tokenizer.pad_token_id
+    for which, *batch in packing.batches(rows, reader.packs, reader.token_budget, pad, label):
         with torch.no_grad():
             found[which] = _states_of(reader, *batch).cpu().numpy()
     return found

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy, linear, logsigmoid
+from torch.nn.functional import cross_entropy, linear
 from transformers import PrinterCallback
 
 from deftlib.intervals import mean_interval
-from deftlib.method import heads
+from deftlib.method import heads, losses
 from deftlib.method.distribution import IGNORED
 from deftlib.models import policies
 from deftlib.models.loop import clock
@@ -43,8 +43,8 @@ def against_bare(profile, methods=("sft", "pro", "dpo"), updates=2, turns=4):
             batches = [trainer._prepare_inputs(batch) for batch in _of_updates(trainer)]
             runs = [partial(_trained, trainer), partial(_bare, profile, method, trainer.args, batches)]
             for which in (0, 1) if turn % 2 else (1, 0):
-                row[which], losses, model = runs[which]()
-                found[which] = losses, [parameter.detach() for parameter in model.parameters()]
+                row[which], logged, model = runs[which]()
+                found[which] = logged, [parameter.detach() for parameter in model.parameters()]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         ours, bare = (tokens / seconds[1:]).quantile(0.5, dim=0).tolist()
         ratio = mean_interval((seconds[1:, 1] / seconds[1:, 0]).numpy())
@@ -79,8 +79,8 @@ def _trained(trainer):
     with redirect_stdout(io.StringIO()):
         trainer.train()
     seconds = clock() - start
-    losses = [torch.tensor(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return seconds, losses, trainer.model
+    logged = [torch.tensor(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return seconds, logged, trainer.model
 
 
 def _bare(profile, method, args, batches):
@@ -89,7 +89,7 @@ def _bare(profile, method, args, batches):
     adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": "fused" in args.optim}
     optimizer = torch.optim.AdamW(model.parameters(), **adam)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / args.max_steps))
-    many, losses = args.gradient_accumulation_steps, []
+    many, of_updates = args.gradient_accumulation_steps, []
     start = clock()
     for update in range(args.max_steps):
         of_update, whole = batches[update * many : (update + 1) * many], 0.0
@@ -103,8 +103,8 @@ def _bare(profile, method, args, batches):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(whole)
-    return clock() - start, [loss.cpu() for loss in losses], model
+        of_updates.append(whole)
+    return clock() - start, [loss.cpu() for loss in of_updates], model
 
 
 def _labels(batch):
@@ -129,17 +129,14 @@ def _sft(sums, counts, batch, said, many, training):
 
 
 def _pro(sums, counts, batch, said, many, training):
-    losses = []
-    for means, of_list in zip((sums / counts).split(batch["list_lengths"]), sums.split(batch["list_lengths"])):
-        ranked = sum(means[k:].logsumexp(0) - means[k] for k in range(len(means) - 1))
-        losses.append(ranked - training.pro_sft_weight * of_list[0])
-    return torch.stack(losses).mean() / many
+    of_lists = len(batch["list_lengths"]), -1  # lists of one length
+    return losses.pro_loss(sums.view(of_lists), counts.view(of_lists), training.pro_sft_weight) / many
 
 
 def _dpo(sums, counts, batch, said, many, training):
-    chosen, rejected = sums.chunk(2)
-    gap = (chosen - batch["ref_chosen_logps"]) - (rejected - batch["ref_rejected_logps"])
-    return -logsigmoid(training.beta * gap).mean() / many
+    policy = torch.stack(sums.chunk(2), dim=1)  # the better responses of a batch stand before the others
+    reference = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]], dim=1)
+    return losses.dpo_loss(policy, reference, training.beta) / many
 
 
 LOSSES = {"sft": _sft, "pro": _pro, "dpo": _dpo}
